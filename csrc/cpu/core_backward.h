@@ -1,0 +1,152 @@
+// Stage `core`, backward: the exact reverse of the iteration, including dc (mathematics.md, section 3). The implicit
+// derivative -Z^T dZ Z^T would be wrong: six iterations do not converge.
+#pragma once
+
+#include "core.h"
+
+namespace {
+
+template <class A>
+struct CoreBackwardScratch {
+  CoreScratch<A> forward;
+  A *da, *dz, *dz_next, *dx, *dt, *dt_next, *t1, *t2, *t3, *transposed, *ut;
+  CoreBackwardScratch() = default;
+  CoreBackwardScratch(Arena& arena, const Problem& p) : forward(arena, p, true) {
+    const int64_t m = core_size(p), ld = padded(m);
+    A** const matrices[] = {&da, &dz, &dz_next, &dx, &dt, &dt_next, &t1, &t2, &t3, &transposed};
+    for (A** matrix : matrices) *matrix = arena.take<A>(m * ld);
+    ut = arena.take<A>(p.value_dim * ld);
+  }
+};
+
+// c = alpha a b^T, or plus c.
+template <class A>
+void product_bt(const CoreBackwardScratch<A>& s, int64_t m, const A* a, const A* b, A* c, A alpha, bool plus) {
+  const int64_t ld = padded(m);
+  transpose(b, m, m, ld, s.transposed, ld);
+  gemm<false>(m, ld, m, a, ld, s.transposed, ld, c, ld, alpha, plus);
+}
+
+// c = alpha a^T b, or plus c.
+template <class A>
+void product_at(int64_t m, const A* a, const A* b, A* c, A alpha, bool plus) {
+  const int64_t ld = padded(m);
+  gemm<true>(m, ld, m, a, ld, b, ld, c, ld, alpha, plus);
+}
+
+// dZ_k from s.dz = dZ_{k+1}, left in s.dz_next; adds to s.da. X, T1, T2, T3 as in the forward iteration.
+template <class A>
+void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, const A* z) {
+  const int64_t ld = padded(m);
+  const A *a = s.forward.a, *x = s.forward.x;
+  product(m, ld, a, z, s.forward.x);
+  minus(x, A(7), m, ld, s.t1);
+  product(m, ld, x, s.t1, s.forward.y);
+  minus(s.forward.y, A(15), m, ld, s.t2);
+  product(m, ld, x, s.t2, s.forward.y);
+  minus(s.forward.y, A(13), m, ld, s.t3);
+
+  product_bt(s, m, s.dz, s.t3, s.dz_next, A(0.25), false);  // dZ  = dZ' T3^T / 4
+  product_at(m, z, s.dz, s.dt, A(0.25), false);             // dT3 = Z^T dZ' / 4
+  product_bt(s, m, s.dt, s.t2, s.dx, A(-1), false);         // dX  = -dT3 T2^T
+  product_at(m, x, s.dt, s.dt_next, A(-1), false);          // dT2 = -X^T dT3
+  product_bt(s, m, s.dt_next, s.t1, s.dx, A(-1), true);     // dX -= dT2 T1^T
+  product_at(m, x, s.dt_next, s.dx, A(1), true);            // dX -= dT1 = -X^T dT2
+  product_bt(s, m, s.dx, z, s.da, A(1), true);              // dA += dX Z^T
+  product_at(m, a, s.dx, s.dz_next, A(1), true);            // dZ += A^T dX
+}
+
+// Through A = softmax(s Qt Kt^T): s.da becomes s dS2; dQt (+)= s dS2 Kt, dKt += s dS2^T Qt.
+template <class A>
+void similarity_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s, bool add_dqt) {
+  const int64_t m = g.landmarks, ld = padded(m), d = g.head_width();
+  for (int64_t i = 0; i < m; ++i) {
+    const A *a = s.forward.a + i * ld, scale = A(g.scale);
+    A* da = s.da + i * ld;
+    const A delta = dot(a, da, ld);
+    for (int64_t j = 0; j < ld; ++j) da[j] = scale * a[j] * (da[j] - delta);
+  }
+  gemm<false>(m, d, m, s.da, ld, slice<A>(g.kt, h.n, g.keys.landmarks, d), d,
+              slice<A>(g.dqt, h.n, g.queries.landmarks, d), d, A(1), add_dqt);
+  gemm<true>(m, d, m, s.da, ld, slice<A>(g.qt, h.n, g.queries.landmarks, d), d,
+             slice<A>(g.dkt, h.n, g.keys.landmarks, d), d, A(1), true);
+}
+
+// dU, delta3, dQt, dKt of one problem in the Nyström regime; returns the gradient of c.
+template <class A>
+A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBackwardScratch<A>& s) {
+  const int64_t m = g.landmarks, ld = padded(m), e = g.value_width(), size = m * ld;
+  similarity(g, h, s.forward);
+  int64_t argmax;
+  const A own = coefficient(s.forward, m, &argmax), used = c ? A(*c) : own;
+  A* z = s.forward.z;
+  transpose(s.forward.a, m, m, ld, z, ld, A(1) / used);
+  for (int64_t i = 0; i < g.iterations; ++i) newton_schulz(s.forward, m, z + i * size, z + (i + 1) * size);
+
+  const A* dw = slice<A>(g.dw, h.n, g.keys.landmarks, e);
+  A* u = slice<A>(g.u, h.n, g.queries.landmarks, e);
+  transpose(u, m, g.value_dim, e, s.ut, ld);
+  gemm<false>(m, ld, g.value_dim, dw, e, s.ut, ld, s.dz, ld);  // dZ = dW U^T
+  gemm<true>(m, e, m, z + g.iterations * size, ld, dw, e, slice<A>(g.du, h.n, g.queries.landmarks, e),
+             e);  // dU = Z^T dW
+
+  fill(s.da, size, A(0));
+  CoreBackwardScratch<A> step = s;
+  for (int64_t i = g.iterations - 1; i >= 0; --i) {
+    newton_schulz_backward(step, m, z + i * size);
+    A* next = step.dz_next;
+    step.dz_next = step.dz;
+    step.dz = next;
+  }
+  A dc = 0;  // Z0 = A^T / c
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < m; ++j) s.da[i * ld + j] += step.dz[j * ld + i] / used;
+    dc -= dot(step.dz + i * ld, z + i * ld, ld) / used;
+  }
+  if (c == nullptr) {
+    for (int64_t i = 0; i < m; ++i) s.da[i * ld + argmax] += dc;
+  }
+  similarity_backward(g, h, s, false);
+  return dc;
+}
+
+// Task: problem. On entry dW and dKt hold the query pass's sums. dc[n]: gradient of the global c.
+template <class T>
+void core_backward(const Backward& g, const double* c, double* dc, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Scratch<CoreBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
+  const int64_t rows = g.queries.landmarks, e = g.value_width(), d = g.head_width();
+  for (int64_t n = begin; n < end; ++n) {
+    const Head s(g, n);
+    A *u = slice<A>(g.u, n, rows, e), *du = slice<A>(g.du, n, rows, e);
+    if (dc) dc[n] = 0;
+    if (s.regime == Regime::exact_queries) {
+      const Rows<T> dout = query_rows<T>(g.out, s, g.value_dim);
+      for (int64_t j = 0; j < s.query_rows; ++j) dout.read(dout.position(j), du + j * e);
+      fill(slice<A>(g.dqt, n, rows, d), s.query_rows * d, A(0));
+    } else if (s.regime == Regime::nystrom) {
+      const A own = core_reverse(g, s, c, *scratch);
+      if (dc) dc[n] = own;
+    } else {
+      continue;
+    }
+    for (int64_t j = 0; j < s.query_rows; ++j) slice<A>(g.delta, n, rows)[j] = dot(du + j * e, u + j * e, e);
+  }
+}
+
+// The global coefficient's gradient goes to the one problem and column that attains the maximum.
+template <class T>
+void coefficient_backward(const Backward& g, int64_t problem, double dc) {
+  using A = Acc<T>;
+  const Scratch<CoreBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
+  const Head s(g, problem);
+  const int64_t m = g.landmarks, ld = padded(m);
+  similarity(g, s, scratch->forward);
+  int64_t argmax;
+  coefficient(scratch->forward, m, &argmax);
+  fill(scratch->da, m * ld, A(0));
+  for (int64_t i = 0; i < m; ++i) scratch->da[i * ld + argmax] = A(dc);
+  similarity_backward(g, s, *scratch, true);
+}
+
+}  // namespace

@@ -1,0 +1,99 @@
+// C = alpha A B (+ C) for tiles that live in the caches: the one matrix product of the CPU kernels.
+//
+// B and C are row-major and their widths are multiples of kRowAlign, so every vector is full. A is read element by
+// element and broadcast, so it may be stored by rows or by columns (`Transposed`) at no cost. Each element of C is
+// summed over k in order, whatever rows surround it: results do not depend on how rows are grouped into tiles.
+#pragma once
+
+#include "../problem.h"
+#include "simd.h"
+
+namespace {
+
+using nystrom_ext::kRowAlign;
+
+// Register tile: rows x vectors of C. 12 of 16 vector registers, 28 of 32 with AVX-512.
+constexpr int kTileRows = NYSTROM_VECTOR_BYTES == 64 ? 14 : 6;
+constexpr int kTileVectors = 2;
+constexpr int64_t kDepth = 256;  // k per packed panel: 32 KB of float in L1 with AVX-512
+
+template <class A, int R, int C, bool Transposed>
+inline void micro(int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha, bool add) {
+  constexpr int W = Simd<A>::width;
+  Vec<A> acc[R][C] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<A> row[C];
+#pragma GCC unroll 2
+    for (int j = 0; j < C; ++j) row[j] = load(b + k * ldb + j * W);
+#pragma GCC unroll 14
+    for (int i = 0; i < R; ++i) {
+      const A x = Transposed ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 2
+      for (int j = 0; j < C; ++j) acc[i][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < C; ++j) {
+      A* p = c + i * ldc + j * W;
+      store(p, add ? load(p) + alpha * acc[i][j] : alpha * acc[i][j]);
+    }
+  }
+}
+
+// The last rows of a column of tiles: R = 1 .. kTileRows.
+template <class A, int R, int C, bool Transposed>
+inline void tail(int64_t rows, int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha,
+                 bool add) {
+  if (rows == R) return micro<A, R, C, Transposed>(K, a, lda, b, ldb, c, ldc, alpha, add);
+  if constexpr (R > 1) tail<A, R - 1, C, Transposed>(rows, K, a, lda, b, ldb, c, ldc, alpha, add);
+}
+
+template <class A, int C, bool Transposed>
+inline void panel(int64_t M, int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha,
+                  bool add) {
+  int64_t i = 0;
+  for (; i + kTileRows <= M; i += kTileRows) {
+    micro<A, kTileRows, C, Transposed>(K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha, add);
+  }
+  if (i < M) {
+    tail<A, kTileRows, C, Transposed>(M - i, K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha,
+                                      add);
+  }
+}
+
+// One column of tiles, in slices of kDepth so that the sum over k has one order whether B is copied or not.
+template <class A, int C, bool Transposed>
+inline void column(int64_t M, int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha,
+                   bool add) {
+  constexpr int W = Simd<A>::width;
+  // Rows of a wide B alias in L1; a contiguous copy does not. It pays unless B stays in L1 or is read about once.
+  const bool pack = K * ldb * int64_t(sizeof(A)) > 32768 && M > 2 * kTileRows;
+  alignas(64) A copy[kDepth * C * W];
+  int64_t k0 = 0;
+  do {
+    const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
+    for (int64_t k = 0; pack && k < depth; ++k) {
+#pragma GCC unroll 2
+      for (int j = 0; j < C; ++j) store(copy + (k * C + j) * W, load(b + (k0 + k) * ldb + j * W));
+    }
+    panel<A, C, Transposed>(M, depth, a + (Transposed ? k0 * lda : k0), lda, pack ? copy : b + k0 * ldb,
+                            pack ? int64_t(C * W) : ldb, c, ldc, alpha, add || k0 > 0);
+    k0 += kDepth;
+  } while (k0 < K);
+}
+
+// C (M, N) = alpha A (M, K) B (K, N), plus C if `add`. A is (K, M) in memory if Transposed. N % kRowAlign == 0.
+template <bool Transposed, class A>
+void gemm(int64_t M, int64_t N, int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
+          A alpha = A(1), bool add = false) {
+  constexpr int W = Simd<A>::width;
+  int64_t j = 0;
+  for (; j + kTileVectors * W <= N; j += kTileVectors * W) {
+    column<A, kTileVectors, Transposed>(M, K, a, lda, b + j, ldb, c + j, ldc, alpha, add);
+  }
+  for (; j < N; j += W) column<A, 1, Transposed>(M, K, a, lda, b + j, ldb, c + j, ldc, alpha, add);
+}
+
+}  // namespace

@@ -1,0 +1,45 @@
+// The CPU kernels' table of contents: one entry per stage and part of a stage, each over a range of tasks.
+//
+// A task is the unit that a thread takes; what a task computes depends on the problem and its own number only, never on
+// the number of threads or on the other tasks. `kernels.cpp` is compiled once per instruction set.
+#pragma once
+
+#include "../problem.h"
+
+namespace nystrom_ext::cpu {
+
+// Keys or queries per chunk: a function of m alone, so that results depend on nothing else. A chunk's m-sized partial
+// sums stay below a sixteenth of the chunk's own rows.
+constexpr int64_t chunk_length(int64_t m) { return m <= 64 ? 1024 : round_up(16 * m, 1024); }
+inline int64_t chunks(const Tokens& t, int64_t m) { return divide_up(t.length, chunk_length(m)); }
+
+// Partial sums of one stage over (problem, chunk), reduced in chunk order.
+struct Partials {
+  void *a = nullptr, *b = nullptr, *c = nullptr;
+};
+
+struct Kernels {
+  // forward                                                            tasks; partials a, b, c
+  void (*landmarks)(const Forward&, int64_t, int64_t);                        // (problem, segment)
+  void (*key_pass)(const Forward&, const Partials&, int64_t, int64_t);        // (problem, key chunk); U, maxima, sums
+  void (*key_pass_merge)(const Forward&, const Partials&, int64_t, int64_t);  // problem
+  void (*coefficient)(const Forward&, double* c, int64_t, int64_t);           // problem; for the option "global" only
+  void (*core)(const Forward&, const double* c, int64_t, int64_t);            // problem; c null: each head's own
+  void (*query_pass)(const Forward&, int64_t, int64_t);                       // (problem, query chunk)
+
+  // backward
+  void (*query_pass_backward)(const Backward&, const Partials&, int64_t, int64_t);  // (problem, query chunk); dW, dKt
+  void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
+  void (*core_backward)(const Backward&, const double* c, double* dc, int64_t, int64_t);  // problem
+  void (*coefficient_backward)(const Backward&, int64_t problem, double dc);  // the one problem that attains a global c
+  void (*key_pass_backward)(const Backward&, const Partials&, int64_t,
+                            int64_t);  // (sample, key head, chunk); dQt, dconv
+  void (*key_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
+  void (*landmarks_backward)(const Backward&, int64_t, int64_t);                        // (problem, segment)
+};
+
+// Kernels of the fastest instruction set this processor has, or of NYSTROM_CPU_CAPABILITY=default|avx2|avx512.
+const Kernels& kernels(Dtype dtype);
+const char* capability();
+
+}  // namespace nystrom_ext::cpu

@@ -1,0 +1,185 @@
+// Stage `key_pass`: U = softmax(s Qt K^T) V and LSE3, for m query landmarks over all keys (mathematics.md, section 2).
+//
+// A tile of scores is stored key by key, (keys, landmarks): the softmax over keys then runs down the columns, one
+// landmark per vector lane, and the tile serves as the transposed operand of U += P^T V as it stands.
+#pragma once
+
+#include "philox.h"
+
+namespace {
+
+template <class A>
+struct KeyPassScratch {
+  A *qt, *scores, *key, *value, *rescale;
+  KeyPassScratch() = default;
+  KeyPassScratch(Arena& arena, const Problem& p) {
+    const int64_t m = padded(p.queries.landmarks);
+    qt = arena.take<A>(p.head_dim * m);
+    scores = arena.take<A>(kBlock * m);
+    key = arena.take<A>(kBlock * p.head_width());
+    value = arena.take<A>(kBlock * p.value_width());
+    rescale = arena.take<A>(m);
+  }
+};
+
+// One block of the online softmax: scores -> exp(scores - running maximum); rescale = exp(old - new maximum).
+template <class A>
+void online_softmax(A* scores, int64_t keys, int64_t ld, A* maxima, A* sums, A* rescale) {
+  constexpr int W = Simd<A>::width;
+  for (int64_t j = 0; j < ld; j += W) {
+    const Vec<A> old = load(maxima + j);
+    Vec<A> top = old;
+    for (int64_t i = 0; i < keys; ++i) top = maximum(top, load(scores + i * ld + j));
+    const Vec<A> factor = exp<A>(old - top);
+    Vec<A> total = load(sums + j) * factor;
+    for (int64_t i = 0; i < keys; ++i) {
+      const Vec<A> e = exp<A>(load(scores + i * ld + j) - top);
+      store(scores + i * ld + j, e);
+      total += e;
+    }
+    store(maxima + j, top);
+    store(sums + j, total);
+    store(rescale + j, factor);
+  }
+}
+
+template <class A>
+void scale_rows(A* x, const A* factors, int64_t rows, int64_t width) {
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t c = 0; c < width; ++c) x[j * width + c] *= factors[j];
+  }
+}
+
+// Where L' <= m the key pass is the exact attention itself and applies its dropout: rows are query positions.
+template <class A>
+void drop_columns(const Dropout& dropout, const Head& s, int64_t first, int64_t keys, A* scores, int64_t ld) {
+  for (int64_t j = 0; j < s.query_rows; ++j) {
+    dropout.apply(s.query_index ? s.query_index[j] : j, s.key_index, first, keys, scores + j, ld);
+  }
+}
+
+// Task: (problem, key chunk). Partials: a = U unnormalised, b = maxima, c = sums.
+template <class T>
+void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Scratch<KeyPassScratch<A>> scratch(static_cast<const Problem&>(f));
+  const int64_t n_chunks = chunks(f.keys, f.landmarks), chunk = chunk_length(f.landmarks), width = f.value_width();
+  for (int64_t task = begin; task < end; ++task) {
+    const Head s(f, task / n_chunks);
+    const int64_t from = task % n_chunks * chunk, to = s.keys < from + chunk ? s.keys : from + chunk;
+    if (from >= to || s.regime == Regime::exact_keys) continue;
+    const Dropout dropout(f, s.n);
+    const int64_t rows = f.queries.landmarks, m = padded(s.query_rows);
+    A* u = slice<A>(partials.a, task, rows, width);
+    A* maxima = slice<A>(partials.b, task, padded(rows));
+    A* sums = slice<A>(partials.c, task, padded(rows));
+    fill(u, rows * width, A(0));
+    fill(maxima, m, A(-__builtin_inf()));
+    fill(sums, m, A(0));
+    transpose(slice<A>(f.qt, s.n, rows, f.head_width()), s.query_rows, f.head_dim, f.head_width(), scratch->qt, m,
+              A(f.scale));
+    const Rows<T> key = key_rows<T>(f.key, s, f.head_dim), value = key_rows<T>(f.value, s, f.value_dim);
+    for (int64_t i = from; i < to; i += kBlock) {
+      const int64_t n = to - i < kBlock ? to - i : kBlock;
+      const Tile<A> k = key.read(i, n, scratch->key);
+      gemm<false>(n, m, f.head_dim, k.data, k.ld, scratch->qt, m, scratch->scores, m);
+      online_softmax(scratch->scores, n, m, maxima, sums, scratch->rescale);
+      if (i > from) scale_rows(u, scratch->rescale, s.query_rows, width);
+      if (dropout.on() && s.regime == Regime::exact_queries) drop_columns(dropout, s, i, n, scratch->scores, m);
+      const Tile<A> v = value.read(i, n, scratch->value);
+      gemm<true>(s.query_rows, width, n, scratch->scores, m, v.data, v.ld, u, width, A(1), true);
+    }
+  }
+}
+
+// Task: problem. Merges the chunks in order and normalises: U, LSE3.
+template <class T>
+void key_pass_merge(const Forward& f, const Partials& partials, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t n_chunks = chunks(f.keys, f.landmarks), chunk = chunk_length(f.landmarks);
+  const int64_t rows = f.queries.landmarks, width = f.value_width();
+  for (int64_t n = begin; n < end; ++n) {
+    const Head s(f, n);
+    if (s.keys <= f.landmarks) continue;
+    const int64_t used = divide_up(s.keys, chunk);
+    for (int64_t j = 0; j < s.query_rows; ++j) {
+      const auto at = [&](void* buffer, int64_t c) { return slice<A>(buffer, n * n_chunks + c, padded(rows))[j]; };
+      A top = at(partials.b, 0), total = 0;
+      for (int64_t c = 1; c < used; ++c) top = maximum(top, at(partials.b, c));
+      A* u = slice<A>(f.u, n, rows, width) + j * width;
+      fill(u, width, A(0));
+      for (int64_t c = 0; c < used; ++c) {
+        const A factor = __builtin_exp(at(partials.b, c) - top);
+        const A* part = slice<A>(partials.a, n * n_chunks + c, rows, width) + j * width;
+        total += factor * at(partials.c, c);
+        for (int64_t x = 0; x < width; ++x) u[x] += factor * part[x];
+      }
+      for (int64_t x = 0; x < width; ++x) u[x] /= total;
+      slice<A>(f.lse, n, rows)[j] = top + __builtin_log(total);
+    }
+  }
+}
+
+template <class A>
+struct KeyPassBackwardScratch {
+  A *qt, *dut, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta;
+  A *taps, *window, *dtaps;
+  KeyPassBackwardScratch() = default;
+  KeyPassBackwardScratch(Arena& arena, const Problem& p) {
+    const int64_t m = padded(p.queries.landmarks), d = p.head_width(), e = p.value_width();
+    qt = arena.take<A>(p.head_dim * m);
+    dut = arena.take<A>(p.value_dim * m);
+    scores = arena.take<A>(kBlock * m);
+    dscores = arena.take<A>(kBlock * m);
+    key = arena.take<A>(kBlock * d);
+    value = arena.take<A>(kBlock * e);
+    dkey = arena.take<A>(kBlock * d);
+    dvalue = arena.take<A>(kBlock * e);
+    lse = arena.take<A>(m);
+    delta = arena.take<A>(m);
+    taps = arena.take<A>(p.taps);
+    window = arena.take<A>(p.taps ? (kBlock + p.taps) * e : 0);
+    dtaps = arena.take<A>(p.taps * Simd<A>::width);
+  }
+};
+
+// P3 and s dS3 of one block, key by key: P3 = exp(S3 - LSE3), dS3 = P3 * (D * (V dU^T) - delta3), D: dropout.
+template <class A>
+void key_pass_probabilities(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
+                            Tile<A> k, Tile<A> v, const KeyPassBackwardScratch<A>& scratch) {
+  constexpr int W = Simd<A>::width;
+  const int64_t m = padded(s.query_rows);
+  A *p = scratch.scores, *dp = scratch.dscores;
+  gemm<false>(n, m, g.head_dim, k.data, k.ld, scratch.qt, m, p, m);
+  gemm<false>(n, m, g.value_dim, v.data, v.ld, scratch.dut, m, dp, m);
+  const bool drop = dropout.on() && s.regime == Regime::exact_queries;
+  if (drop) drop_columns(dropout, s, first, n, dp, m);
+  const A scale = A(g.scale);
+  for (int64_t j = 0; j < m; j += W) {
+    const Vec<A> lse = load(scratch.lse + j), delta = load(scratch.delta + j);
+    for (int64_t i = j; i < n * m; i += m) {
+      const Vec<A> e = exp<A>(load(p + i) - lse);
+      store(p + i, e);
+      store(dp + i, scale * e * (load(dp + i) - delta));
+    }
+  }
+  if (drop) drop_columns(dropout, s, first, n, p, m);
+}
+
+// Each key gets its share of its landmark's gradient, dKt_j / |segment j|. In the exact regime segments hold one key,
+// and dW_j is the value's own gradient.
+template <class A>
+void add_landmark_gradients(const Backward& g, const Head& s, int64_t first, int64_t n, A* dkey, A* dvalue) {
+  const int64_t d = g.head_width(), e = g.value_width();
+  const A* dkt = slice<A>(g.dkt, s.n, g.keys.landmarks, d);
+  const A* dw = slice<A>(g.dw, s.n, g.keys.landmarks, e);
+  int64_t j = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    while (s.key_offsets[j + 1] <= first + i) ++j;
+    const A size = A(s.key_offsets[j + 1] - s.key_offsets[j]);
+    for (int64_t x = 0; x < d; ++x) dkey[i * d + x] += dkt[j * d + x] / size;
+    if (s.regime == Regime::exact_keys) add(dvalue + i * e, dw + j * e, e);
+  }
+}
+
+}  // namespace

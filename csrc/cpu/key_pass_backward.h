@@ -1,0 +1,123 @@
+// Stage `key_pass`, backward: dK, dV (final) and the partial sums of dQt, dconv (mathematics.md, section 3, "key
+// sweep").
+#pragma once
+
+#include "convolution.h"
+#include "key_pass.h"
+
+namespace {
+
+// One query head's contribution to a block of dK, dV, and its own dQt.
+template <class A>
+void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t n, Tile<A> k, Tile<A> v,
+                        const KeyPassBackwardScratch<A>& scratch, A* dqt) {
+  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
+  if (s.regime == Regime::nystrom || s.regime == Regime::exact_queries) {
+    key_pass_probabilities(g, s, Dropout(g, s.n), first, n, k, v, scratch);
+    const A *p = scratch.scores, *ds = scratch.dscores;
+    gemm<false>(n, e, s.query_rows, p, m, slice<A>(g.du, s.n, rows, e), e, scratch.dvalue, e, A(1), true);
+    gemm<false>(n, d, s.query_rows, ds, m, slice<A>(g.qt, s.n, rows, d), d, scratch.dkey, d, A(1), true);
+    gemm<true>(s.query_rows, d, n, ds, m, k.data, k.ld, dqt, d, A(1), true);
+  }
+  if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) {
+    add_landmark_gradients(g, s, first, n, scratch.dkey, scratch.dvalue);
+  }
+}
+
+// Packs what every block of one query head reads: s Qt^T, dU^T, LSE3, delta3, the taps.
+template <class T>
+void pack_query_head(const Backward& g, const Head& s, const KeyPassBackwardScratch<Acc<T>>& scratch) {
+  using A = Acc<T>;
+  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
+  if (g.taps) read_taps<T>(g, s.h, true, scratch.taps);
+  if (s.regime == Regime::exact_keys) return;
+  transpose(slice<A>(g.qt, s.n, rows, d), s.query_rows, g.head_dim, d, scratch.qt, m, A(g.scale));
+  transpose(slice<A>(g.du, s.n, rows, e), s.query_rows, g.value_dim, e, scratch.dut, m);
+  for (int64_t j = 0; j < m; ++j) {  // columns beyond the landmarks: P3 = exp(0 - infinity) = 0
+    scratch.lse[j] = j < s.query_rows ? slice<A>(g.lse, s.n, rows)[j] : A(__builtin_inf());
+    scratch.delta[j] = j < s.query_rows ? slice<A>(g.delta, s.n, rows)[j] : A(0);
+  }
+}
+
+template <class T>
+void convolution_backward(const Backward& g, const Head& s, int64_t first, int64_t n, Tile<Acc<T>> v,
+                          const KeyPassBackwardScratch<Acc<T>>& scratch) {
+  const Convolution<T> conv{rows<T>(g.out, s.b, s.h, g.value_dim, nullptr),
+                            g.queries.ignored ? g.queries.ignored + s.b * g.queries.length : nullptr,
+                            g.queries.length,
+                            g.taps,
+                            g.taps - 1 - g.taps / 2,
+                            scratch.taps,
+                            scratch.window};
+  for_each_run(s.key_index, first, n, [&](int64_t row, int64_t position, int64_t count) {
+    conv.read(position, count);
+    conv.accumulate(count, scratch.dvalue + row * g.value_width());
+    conv.correlate(count, v.data + row * v.ld, v.ld, scratch.dtaps);
+  });
+}
+
+// Task: (sample, key head, key chunk): the query heads of a group add to one dK, dV, which is rounded once.
+// Partials: a = dQt, b = dconv, each (problem, key chunk).
+template <class T>
+void key_pass_backward(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Scratch<KeyPassBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
+  const int64_t n_chunks = chunks(g.keys, g.landmarks), chunk = chunk_length(g.landmarks), group = g.group();
+  const int64_t d = g.head_width(), e = g.value_width();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / n_chunks / g.kv_heads, kv = task / n_chunks % g.kv_heads, c = task % n_chunks;
+    const Head shared(g, b * g.heads + kv * group);
+    const int64_t from = c * chunk, to = shared.keys < from + chunk ? shared.keys : from + chunk;
+    for (int64_t h = 0; h < group; ++h) {
+      const int64_t part = (shared.n + h) * n_chunks + c;
+      fill(slice<A>(partials.a, part, g.queries.landmarks, d), g.queries.landmarks * d, A(0));
+      fill(slice<A>(partials.b, part, g.taps), g.taps, A(0));
+    }
+    const Rows<T> key = key_rows<T>(g.key, shared, g.head_dim), value = key_rows<T>(g.value, shared, g.value_dim);
+    for (int64_t i = from; i < to; i += kBlock) {
+      const int64_t n = to - i < kBlock ? to - i : kBlock;
+      const Tile<A> k = key.read(i, n, scratch->key), v = value.read(i, n, scratch->value);
+      fill(scratch->dkey, n * d, A(0));
+      fill(scratch->dvalue, n * e, A(0));
+      for (int64_t h = 0; h < group; ++h) {
+        const Head s(g, shared.n + h);
+        const int64_t part = s.n * n_chunks + c;
+        if (i == from || group > 1) pack_query_head<T>(g, s, *scratch);
+        key_block_backward(g, s, i, n, k, v, *scratch, slice<A>(partials.a, part, g.queries.landmarks, d));
+        if (g.taps == 0) continue;
+        constexpr int W = Simd<A>::width;
+        fill(scratch->dtaps, g.taps * W, A(0));
+        convolution_backward<T>(g, s, i, n, v, *scratch);
+        A* dconv = slice<A>(partials.b, part, g.taps);
+        for (int64_t t = 0; t < g.taps; ++t) dconv[g.taps - 1 - t] += sum<A>(load(scratch->dtaps + t * W));
+      }
+      key_rows<T>(g.dkey, shared, g.head_dim).write(i, n, scratch->dkey);
+      key_rows<T>(g.dvalue, shared, g.value_dim).write(i, n, scratch->dvalue);
+    }
+  }
+}
+
+// Task: problem. Sums the chunks in order: dQt, on top of the core's share; dconv over the samples, in the first
+// sample's tasks.
+template <class T>
+void key_pass_backward_merge(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t n_chunks = chunks(g.keys, g.landmarks), chunk = chunk_length(g.landmarks);
+  const int64_t size = g.queries.landmarks * g.head_width();
+  for (int64_t n = begin; n < end; ++n) {
+    const Head s(g, n);
+    for (int64_t c = 0; s.keys > g.landmarks && c * chunk < s.keys; ++c) {
+      add(slice<A>(g.dqt, n, size), slice<A>(partials.a, n * n_chunks + c, size), size);
+    }
+    if (g.taps == 0 || n >= g.heads) continue;
+    A* dconv = slice<A>(g.dconv, n, g.taps);
+    fill(dconv, g.taps, A(0));
+    for (int64_t b = 0; b < g.batch; ++b) {
+      for (int64_t c = 0; c < n_chunks; ++c) {
+        add(dconv, slice<A>(partials.b, (b * g.heads + n) * n_chunks + c, g.taps), g.taps);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// Stage `landmarks`: Qt_j, Kt_j = means of Q, K over the valid tokens of segment j (mathematics.md, sections 1 and 2).
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+constexpr int64_t kMeanBlock = 64;  // rows summed by themselves: the error grows with n / 64, not with n
+
+template <class A>
+struct LandmarksScratch {
+  A *rows, *partial;
+  LandmarksScratch() = default;
+  LandmarksScratch(Arena& arena, const Problem& p)
+      : rows(arena.take<A>(kMeanBlock * p.head_width())), partial(arena.take<A>(p.head_width())) {}
+};
+
+template <class T>
+void segment_mean(const Rows<T>& x, int64_t begin, int64_t end, Acc<T>* mean, const LandmarksScratch<Acc<T>>& scratch) {
+  using A = Acc<T>;
+  const int64_t width = padded(x.columns);
+  fill(mean, width, A(0));
+  for (int64_t first = begin; first < end; first += kMeanBlock) {
+    const int64_t count = end - first < kMeanBlock ? end - first : kMeanBlock;
+    const Tile<A> tile = x.read(first, count, scratch.rows);
+    fill(scratch.partial, width, A(0));
+    for (int64_t i = 0; i < count; ++i) add(scratch.partial, tile.data + i * tile.ld, width);
+    add(mean, scratch.partial, width);
+  }
+  const A size = A(end - begin);
+  for (int64_t c = 0; c < width; ++c) mean[c] /= size;
+}
+
+// Task: (problem, segment).
+template <class T>
+void landmarks(const Forward& f, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Scratch<LandmarksScratch<A>> scratch(static_cast<const Problem&>(f));
+  const int64_t segments = f.segments();
+  for (int64_t task = begin; task < end; ++task) {
+    const Head s(f, task / segments);
+    const int64_t j = task % segments, width = f.head_width();
+    if (j < s.query_rows) {
+      segment_mean(query_rows<T>(f.query, s, f.head_dim), s.query_offsets[j], s.query_offsets[j + 1],
+                   slice<A>(f.qt, s.n, f.queries.landmarks, width) + j * width, *scratch);
+    }
+    if (j < s.key_rows) {
+      segment_mean(key_rows<T>(f.key, s, f.head_dim), s.key_offsets[j], s.key_offsets[j + 1],
+                   slice<A>(f.kt, s.n, f.keys.landmarks, width) + j * width, *scratch);
+    }
+  }
+}
+
+// Adds each query landmark's gradient to the queries it is the mean of: dQ_i += dQt_j / |segment j|.
+// Task: (problem, segment).
+template <class T>
+void landmarks_backward(const Backward& g, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const Scratch<LandmarksScratch<A>> scratch(static_cast<const Problem&>(g));
+  const int64_t segments = g.queries.landmarks, width = g.head_width();
+  for (int64_t task = begin; task < end; ++task) {
+    const Head s(g, task / segments);
+    const int64_t j = task % segments;
+    if (j >= s.query_rows || s.keys <= g.landmarks) continue;
+    const A* dqt = slice<A>(g.dqt, s.n, segments, width) + j * width;
+    const A size = A(s.query_offsets[j + 1] - s.query_offsets[j]);
+    const Rows<T> dq = query_rows<T>(g.dquery, s, g.head_dim);
+    for (int64_t i = s.query_offsets[j]; i < s.query_offsets[j + 1]; ++i) {
+      dq.read(dq.position(i), scratch->rows);
+      for (int64_t x = 0; x < width; ++x) scratch->rows[x] += dqt[x] / size;
+      dq.write(dq.position(i), scratch->rows);
+    }
+  }
+}
+
+}  // namespace

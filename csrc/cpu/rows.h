@@ -1,0 +1,109 @@
+// Rows of a strided operand, in rank order, as tiles of the accumulation type.
+#pragma once
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace nystrom_ext;
+using namespace nystrom_ext::cpu;
+
+// Scratch of one thread, taken piece by piece. A null base only counts, so that one list of takes both sizes and
+// places.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <class A>
+  A* take(int64_t n) {
+    A* p = base_ ? reinterpret_cast<A*>(base_ + used_) : nullptr;
+    used_ += round_up(n * int64_t(sizeof(A)), 64);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// `Layout` is a struct of pointers whose constructor takes them from an Arena; it lives as long as this object.
+template <class Layout>
+class Scratch {
+ public:
+  template <class... Args>
+  explicit Scratch(const Args&... args) {
+    Arena count(nullptr);
+    Layout(count, args...);
+    memory_ = static_cast<char*>(__builtin_malloc(size_t(count.used() + 64)));
+    if (memory_ == nullptr) __builtin_abort();
+    Arena arena(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory_), 64)));
+    layout_ = Layout(arena, args...);
+  }
+  ~Scratch() { __builtin_free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  const Layout* operator->() const { return &layout_; }
+  const Layout& operator*() const { return layout_; }
+
+ private:
+  char* memory_ = nullptr;
+  Layout layout_;
+};
+
+template <class A>
+struct Tile {
+  const A* data;
+  int64_t ld;
+};
+
+template <class T>
+struct Rows {
+  using A = Acc<T>;
+  T* data;  // position 0 of one sample and head
+  int64_t token, feature, columns;
+  const int64_t* index;  // rank -> position, null: the identity
+
+  int64_t position(int64_t rank) const { return index ? index[rank] : rank; }
+
+  // One row as accumulators; zeros up to padded(columns).
+  void read(int64_t position, A* to) const {
+    const T* from = data + position * token;
+    int64_t x = 0;
+    if (feature == 1) {
+      for (; x + Simd<A>::width <= columns; x += Simd<A>::width) store(to + x, load_as(from + x));
+    }
+    for (; x < columns; ++x) to[x] = to_acc(from[x * feature]);
+    for (; x < padded(columns); ++x) to[x] = A(0);
+  }
+
+  void write(int64_t position, const A* from) const {
+    T* to = data + position * token;
+    int64_t x = 0;
+    if (feature == 1) {
+      for (; x + Simd<A>::width <= columns; x += Simd<A>::width) store_as(to + x, load(from + x));
+    }
+    for (; x < columns; ++x) to[x * feature] = from_acc<T>(from[x]);
+  }
+
+  // Ranks first .. first + count - 1: the operand's own memory where its layout allows, else a copy in `scratch`.
+  Tile<A> read(int64_t first, int64_t count, A* scratch) const {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      const bool run = index == nullptr || index[first + count - 1] - index[first] == count - 1;
+      if (run && feature == 1 && columns % kRowAlign == 0) return {data + position(first) * token, token};
+    }
+    const int64_t ld = padded(columns);
+    for (int64_t i = 0; i < count; ++i) read(position(first + i), scratch + i * ld);
+    return {scratch, ld};
+  }
+  void write(int64_t first, int64_t count, const A* from) const {
+    for (int64_t i = 0; i < count; ++i) write(position(first + i), from + i * padded(columns));
+  }
+};
+
+template <class T>
+Rows<T> rows(const Operand& x, int64_t b, int64_t h, int64_t columns, const int64_t* index) {
+  return {static_cast<T*>(x.data) + b * x.batch + h * x.head, x.token, x.feature, columns, index};
+}
+
+}  // namespace

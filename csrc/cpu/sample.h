@@ -1,0 +1,60 @@
+// One sample's share of the problem: its valid tokens, its landmarks and the regime they decide (mathematics.md, 1).
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+enum class Regime {
+  empty,          // S' = 0: O = 0
+  exact_keys,     // S' <= m: every key is its own landmark, W = V; the query pass alone is exact attention
+  exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
+  nystrom,
+};
+
+// One (sample, head): problem n = b * heads + h.
+struct Head {
+  Regime regime;
+  int64_t n, b, h, kv;           // kv: the key head of query head h
+  int64_t queries, keys;         // L', S'
+  int64_t query_rows, key_rows;  // landmarks in use: rows of Qt, U and of Kt, W
+  const int64_t *query_index, *key_index;
+  const int64_t *query_offsets, *key_offsets;
+
+  Head(const Problem& p, int64_t problem)
+      : n(problem),
+        b(problem / p.heads),
+        h(problem % p.heads),
+        kv(h / p.group()),
+        queries(p.queries.count[b]),
+        keys(p.keys.count[b]),
+        query_rows(queries < p.landmarks ? queries : p.landmarks),
+        key_rows(keys < p.landmarks ? keys : p.landmarks),
+        query_index(p.queries.index ? p.queries.index + b * p.queries.length : nullptr),
+        key_index(p.keys.index ? p.keys.index + b * p.keys.length : nullptr),
+        query_offsets(p.queries.offsets + b * (p.queries.landmarks + 1)),
+        key_offsets(p.keys.offsets + b * (p.keys.landmarks + 1)) {
+    regime = keys == 0                ? Regime::empty
+             : keys <= p.landmarks    ? Regime::exact_keys
+             : queries <= p.landmarks ? Regime::exact_queries
+                                      : Regime::nystrom;
+  }
+};
+
+// The part of one head that an operand holds.
+template <class T>
+Rows<T> query_rows(const Operand& x, const Head& s, int64_t columns) {
+  return rows<T>(x, s.b, s.h, columns, s.query_index);
+}
+template <class T>
+Rows<T> key_rows(const Operand& x, const Head& s, int64_t columns) {
+  return rows<T>(x, s.b, s.kv, columns, s.key_index);
+}
+
+// Problem n's slice of an m-sized buffer.
+template <class A>
+A* slice(void* buffer, int64_t n, int64_t rows, int64_t width = 1) {
+  return static_cast<A*>(buffer) + n * rows * width;
+}
+
+}  // namespace

@@ -1,0 +1,30 @@
+// Nyström attention for C++ programs: link or dlopen libnystrom, then call this, or the op through the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+
+#define NYSTROM_API __attribute__((visibility("default")))
+
+namespace nystrom_ext {
+
+struct AttentionOptions {
+  std::optional<at::Tensor> query_padding_mask;  // (B, L) bool, true = ignore
+  std::optional<at::Tensor> conv_weight;         // (H, taps): depthwise convolution of the values, needs L = S
+  int64_t num_landmarks = 64;
+  int64_t pinv_iterations = 6;
+  std::optional<double> scale;  // default 1 / sqrt(d)
+  double dropout_p = 0.0;
+  std::string coefficient = "per_head";  // or "global", the paper's released code, which couples the batch
+  bool enable_gqa = false;
+};
+
+// query (B, H, L, d), key (B, H_kv, S, d), value (B, H_kv, S, e) -> (B, H, L, e); key_padding_mask (B, S) bool,
+// true = ignore. float64, float32, bfloat16, float16; any strides. Differentiable once.
+NYSTROM_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                 const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
+                                 const AttentionOptions& options = {});
+
+}  // namespace nystrom_ext

@@ -1,0 +1,180 @@
+// Nyström attention as a sequence of stages, forward and backward, for every backend (mathematics.md, sections 2 and
+// 3).
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "../nystrom.h"
+#include "backend.h"
+#include "checks.h"
+#include "problem.h"
+
+namespace nystrom_ext {
+namespace {
+
+// Rows that no kernel writes (padding, landmarks that a short sample lacks) must read as zero.
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, bool zero) {
+  return zero ? at::zeros(sizes, options) : at::empty(sizes, options);
+}
+
+// (B, H, n, width) in the memory order (B, n, H, width), so that joining the heads is a view.
+at::Tensor allocate_like_heads(const at::Tensor& x, int64_t width, bool zero) {
+  return allocate({x.size(0), x.size(2), x.size(1), width}, x.options(), zero).transpose(1, 2);
+}
+
+at::TensorOptions accumulation(const at::Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+const Backend& backend_of(const at::Tensor& x) {
+  TORCH_CHECK(x.is_cpu(), "nystrom_attention: this build has no kernels for ", x.device());
+  return cpu_backend();
+}
+
+void set(Forward& f, const at::Tensor& out, const Saved& saved) {
+  f.out = operand(out);
+  f.qt = saved.qt.data_ptr();
+  f.kt = saved.kt.data_ptr();
+  f.u = saved.u.data_ptr();
+  f.lse = saved.lse.data_ptr();
+  f.w = saved.w.data_ptr();
+}
+
+ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                      const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
+                      int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
+  Arguments a{
+      query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
+      pinv_iterations, scale, dropout_p, global_coefficient};
+  check(a);
+  const Backend& backend = backend_of(query);
+  Forward f{describe(a)};
+  const at::Tensor plan = backend.plan(f);
+
+  const bool uneven =
+      key_padding_mask || query_padding_mask || std::min(f.queries.length, f.keys.length) <= f.landmarks;
+  const auto options = accumulation(query);
+  const auto buffer = [&](const Tokens& t, int64_t width) {
+    return allocate({f.batch, f.heads, t.landmarks, width}, options, uneven);
+  };
+  const Saved saved{
+      buffer(f.queries, f.head_width()), buffer(f.keys, f.head_width()), buffer(f.queries, f.value_width()),
+      allocate({f.batch, f.heads, f.queries.landmarks}, options, uneven), buffer(f.keys, f.value_width())};
+  const at::Tensor out = allocate_like_heads(query, f.value_dim, query_padding_mask.has_value());
+  set(f, out, saved);
+
+  backend.landmarks(f);
+  backend.key_pass(f);
+  backend.core(f);
+  backend.query_pass(f);
+  return {out, saved.qt, saved.kt, saved.u, saved.lse, saved.w};
+}
+
+BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                        const OptionalTensor& conv_weight, const OptionalTensor& rng_state, const at::Tensor& qt,
+                        const at::Tensor& kt, const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
+                        int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
+                        bool global_coefficient) {
+  Arguments a{
+      query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
+      pinv_iterations, scale, dropout_p, global_coefficient};
+  const Saved saved{qt, kt, u, lse, w};
+  check_backward(grad, a, saved);
+  const Backend& backend = backend_of(query);
+  Backward g{Forward{describe(a)}};
+  const at::Tensor plan = backend.plan(g);
+  set(g, grad, saved);
+
+  const at::Tensor dquery = allocate_like_heads(query, g.head_dim, query_padding_mask.has_value());
+  const at::Tensor dkey = allocate_like_heads(key, g.head_dim, key_padding_mask.has_value());
+  const at::Tensor dvalue = allocate_like_heads(value, g.value_dim, key_padding_mask.has_value());
+  const auto options = accumulation(query);
+  const at::Tensor dconv = at::zeros({conv_weight ? g.heads : 0, g.taps}, options);
+  const at::Tensor dqt = at::empty_like(qt), dkt = at::empty_like(kt), du = at::empty_like(u), dw = at::empty_like(w);
+  const at::Tensor delta = at::empty_like(lse);
+  g.dquery = operand(dquery);
+  g.dkey = operand(dkey);
+  g.dvalue = operand(dvalue);
+  g.dconv = dconv.data_ptr();
+  g.dqt = dqt.data_ptr();
+  g.dkt = dkt.data_ptr();
+  g.du = du.data_ptr();
+  g.dw = dw.data_ptr();
+  g.delta = delta.data_ptr();
+
+  backend.query_pass_backward(g);
+  backend.core_backward(g);
+  backend.key_pass_backward(g);
+  backend.landmarks_backward(g);
+  return {dquery, dkey, dvalue, dconv.to(query.scalar_type())};
+}
+
+// The public op below autograd: no gradient is needed, or none can be.
+at::Tensor attention_without_grad(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                  const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                                  const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
+                                  std::optional<double> scale, double dropout_p, std::string_view coefficient,
+                                  bool enable_gqa) {
+  return std::get<0>(call_forward(resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight,
+                                          num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa)));
+}
+
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                  const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
+                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa) {
+  check_public_options(query, key, coefficient, enable_gqa);
+  Arguments a{
+      query,        key,           value,           key_padding_mask,    query_padding_mask, conv_weight,
+      std::nullopt, num_landmarks, pinv_iterations, scale.value_or(1.0), dropout_p,          coefficient == "global"};
+  // The seed is drawn as a tensor by an op of torch's own: manual_seed, tracing, checkpointing and CUDA graphs all know
+  // it.
+  if (dropout_p > 0) {
+    a.rng_state = at::randint(std::numeric_limits<int64_t>::max(), {2}, query.options().dtype(at::kLong));
+  }
+  check(a);
+  if (!scale) a.scale = 1 / std::sqrt(double(query.sym_size(3).guard_int(__FILE__, __LINE__)));
+  return a;
+}
+
+ForwardResult call_forward(const Arguments& a) {
+  static const auto op = find<ForwardOp>("nystrom_ext::_attention_forward");
+  return op.call(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
+                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient);
+}
+
+BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s) {
+  static const auto op = find<BackwardOp>("nystrom_ext::_attention_backward");
+  return op.call(grad, a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
+                 s.qt, s.kt, s.u, s.lse, s.w, a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p,
+                 a.global_coefficient);
+}
+
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const std::optional<at::Tensor>& key_padding_mask, const AttentionOptions& o) {
+  static const auto op = find<decltype(attention_without_grad)>("nystrom_ext::attention");
+  return op.call(query, key, value, key_padding_mask, o.query_padding_mask, o.conv_weight, o.num_landmarks,
+                 o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa);
+}
+
+TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) { m.impl("attention", TORCH_FN(attention_without_grad)); }
+
+TORCH_LIBRARY_IMPL(nystrom_ext, CPU, m) {
+  m.impl("_attention_forward", TORCH_FN(forward));
+  m.impl("_attention_backward", TORCH_FN(backward));
+}
+
+}  // namespace nystrom_ext

@@ -1,0 +1,97 @@
+// The autograd Function over the registered forward and backward ops. Both sides call ops and never kernels, so that
+// torch.compile traces through them (`is_traceable`).
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace nystrom_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// The backward op as a Function of its own: asking for its gradient names the limit, computing one without does not.
+struct AttentionBackward : Function<AttentionBackward> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext*, const Variable& grad, const Variable& query, const Variable& key,
+                               const Variable& value, const OptionalTensor& key_padding_mask,
+                               const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
+                               const OptionalTensor& rng_state, const Variable& qt, const Variable& kt,
+                               const Variable& u, const Variable& lse, const Variable& w, int64_t num_landmarks,
+                               int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Arguments a{
+        query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
+        pinv_iterations, scale, dropout_p, global_coefficient};
+    auto [dquery, dkey, dvalue, dconv] = call_backward(grad, a, {qt, kt, u, lse, w});
+    return {dquery, dkey, dvalue, dconv};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "nystrom_attention does not support double backward (create_graph=True); detach its "
+                                "gradients, or use nystrom_ext.reference.nystrom_attention");
+  }
+};
+
+OptionalTensor optional(const Variable& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+
+struct Attention : Function<Attention> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
+                          const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                          const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
+                          int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, qt, kt, u, lse, w] =
+        call_forward({query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, num_landmarks,
+                      pinv_iterations, scale, dropout_p, global_coefficient});
+    const auto defined = [](const OptionalTensor& x) { return x.value_or(Variable()); };
+    ctx->save_for_backward({query, key, value, defined(key_padding_mask), defined(query_padding_mask),
+                            defined(conv_weight), defined(rng_state), qt, kt, u, lse, w});
+    ctx->saved_data["num_landmarks"] = num_landmarks;
+    ctx->saved_data["pinv_iterations"] = pinv_iterations;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->saved_data["global_coefficient"] = global_coefficient;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto s = ctx->get_saved_variables();
+    auto& options = ctx->saved_data;
+    const auto d = AttentionBackward::apply(
+        grads[0], s[0], s[1], s[2], optional(s[3]), optional(s[4]), optional(s[5]), optional(s[6]), s[7], s[8], s[9],
+        s[10], s[11], options["num_landmarks"].toInt(), options["pinv_iterations"].toInt(), options["scale"].toDouble(),
+        options["dropout_p"].toDouble(), options["global_coefficient"].toBool());
+    const Variable none, dconv = s[5].defined() ? d[3] : none;
+    return {d[0], d[1], d[2], none, none, dconv, none, none, none, none, none, none};
+  }
+};
+
+at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                              const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
+                              std::optional<double> scale, double dropout_p, std::string_view coefficient,
+                              bool enable_gqa) {
+  const Arguments a = resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight, num_landmarks,
+                              pinv_iterations, scale, dropout_p, coefficient, enable_gqa);
+  return Attention::apply(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
+                          a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nystrom_ext, Autograd, m) {
+  m.impl("attention", TORCH_FN(attention_autograd));
+  m.impl("_attention_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_attention_backward", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace nystrom_ext

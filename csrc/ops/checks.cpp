@@ -1,0 +1,112 @@
+#include "checks.h"
+
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace nystrom_ext {
+namespace {
+
+#define NYSTROM_CHECK(condition, ...) TORCH_CHECK_VALUE(condition, "nystrom_attention: ", __VA_ARGS__)
+
+void check_mask(const OptionalTensor& mask, const char* name, const char* shape, const at::Tensor& tokens) {
+  if (!mask) return;
+  NYSTROM_CHECK(mask->scalar_type() == at::kBool, name, " must be bool with True = ignore, got ", mask->scalar_type(),
+                "; write mask.bool(), or `mask == 0` for a mask of ones at the tokens to keep");
+  NYSTROM_CHECK(mask->dim() == 2 && mask->sym_size(0) == tokens.sym_size(0) && mask->sym_size(1) == tokens.sym_size(2),
+                name, " must have shape ", shape, " = (", tokens.sym_size(0), ", ", tokens.sym_size(2), "), got ",
+                mask->sym_sizes());
+  NYSTROM_CHECK(mask->device() == tokens.device(), name, " must be on the device of query, ", tokens.device(), ", got ",
+                mask->device(), "; move it there with .to()");
+}
+
+void check_tensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  const std::pair<const char*, const at::Tensor*> all[] = {{"query", &query}, {"key", &key}, {"value", &value}};
+  for (const auto& [name, x] : all) {
+    NYSTROM_CHECK(x->dim() == 4, name, " must have 4 dimensions (batch, heads, tokens, features), got shape ",
+                  x->sym_sizes(), "; add the missing ones with unsqueeze");
+    NYSTROM_CHECK(x->scalar_type() == query.scalar_type(), "query, key and value must have one dtype, got ",
+                  query.scalar_type(), ", ", key.scalar_type(), ", ", value.scalar_type(), "; cast them with .to()");
+    NYSTROM_CHECK(x->device() == query.device(), "query, key and value must be on one device, got ", query.device(),
+                  ", ", key.device(), ", ", value.device(), "; move them with .to()");
+  }
+  const auto dtype = query.scalar_type();
+  NYSTROM_CHECK(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                "dtype must be float64, float32, bfloat16 or float16, got ", dtype, "; cast with .float()");
+}
+
+}  // namespace
+
+void check(const Arguments& a) {
+  const auto &query = a.query, &key = a.key, &value = a.value;
+  check_tensors(query, key, value);
+  NYSTROM_CHECK(query.sym_size(0) == key.sym_size(0) && key.sym_size(0) == value.sym_size(0),
+                "query, key and value must have one batch size, got ", query.sym_size(0), ", ", key.sym_size(0), ", ",
+                value.sym_size(0), "; expand() the smaller ones");
+  NYSTROM_CHECK(key.sym_size(1) == value.sym_size(1), "key and value must have the same number of heads, got ",
+                key.sym_size(1), " and ", value.sym_size(1));
+  NYSTROM_CHECK(key.sym_size(1) > 0 && query.sym_size(1) % key.sym_size(1) == 0,
+                "the heads of query must be a multiple of the heads of key, got ", query.sym_size(1), " and ",
+                key.sym_size(1));
+  NYSTROM_CHECK(key.sym_size(2) == value.sym_size(2), "key and value must have the same number of tokens, got ",
+                key.sym_size(2), " and ", value.sym_size(2));
+  NYSTROM_CHECK(query.sym_size(3) == key.sym_size(3), "query and key must have the same head_dim, got ",
+                query.sym_size(3), " and ", key.sym_size(3));
+  NYSTROM_CHECK(query.sym_size(3) > 0 && value.sym_size(3) > 0, "head_dim must be at least 1, got ", query.sym_size(3),
+                " for query and ", value.sym_size(3), " for value");
+  check_mask(a.key_padding_mask, "key_padding_mask", "(batch, key tokens)", key);
+  check_mask(a.query_padding_mask, "query_padding_mask", "(batch, query tokens)", query);
+
+  NYSTROM_CHECK(a.num_landmarks >= 1, "num_landmarks must be at least 1, got ", a.num_landmarks,
+                "; 64 is a good start");
+  NYSTROM_CHECK(a.pinv_iterations >= 0, "pinv_iterations must not be negative, got ", a.pinv_iterations,
+                "; the paper uses 6");
+  NYSTROM_CHECK(std::isfinite(a.scale), "scale must be finite, got ", a.scale, "; None means 1 / sqrt(head_dim)");
+  NYSTROM_CHECK(a.dropout_p >= 0 && a.dropout_p <= 1, "dropout_p must be between 0 and 1, got ", a.dropout_p);
+  if (a.dropout_p > 0) {
+    NYSTROM_CHECK(a.rng_state && a.rng_state->scalar_type() == at::kLong && a.rng_state->dim() == 1 &&
+                      a.rng_state->sym_size(0) == 2 && a.rng_state->device() == query.device(),
+                  "dropout_p > 0 needs rng_state, an int64 tensor (seed, offset) on the device of query");
+  }
+  if (a.conv_weight) {
+    const auto& w = *a.conv_weight;
+    NYSTROM_CHECK(w.dim() == 2 && w.sym_size(0) == query.sym_size(1) && w.sym_size(1) > 0,
+                  "conv_weight must have shape (heads, taps) with heads = ", query.sym_size(1), ", got ",
+                  w.sym_sizes());
+    NYSTROM_CHECK(w.scalar_type() == query.scalar_type() && w.device() == query.device(),
+                  "conv_weight must have the dtype and device of query, ", query.scalar_type(), " on ", query.device(),
+                  ", got ", w.scalar_type(), " on ", w.device(), "; cast it with .to(query)");
+    NYSTROM_CHECK(query.sym_size(2) == key.sym_size(2),
+                  "conv_weight needs as many queries as keys, got L = ", query.sym_size(2),
+                  " and S = ", key.sym_size(2), "; leave conv_weight out for cross-attention");
+  }
+}
+
+void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved) {
+  check(a);
+  const auto &q = a.query, &v = a.value;
+  NYSTROM_CHECK(grad.dim() == 4 && grad.sym_size(0) == q.sym_size(0) && grad.sym_size(1) == q.sym_size(1) &&
+                    grad.sym_size(2) == q.sym_size(2) && grad.sym_size(3) == v.sym_size(3) &&
+                    grad.scalar_type() == q.scalar_type() && grad.device() == q.device(),
+                "the gradient must have the shape, dtype and device of the output, got ", grad.sym_sizes(), ", ",
+                grad.scalar_type(), " on ", grad.device());
+  const auto rows = [](const at::Tensor& saved, const at::Tensor& tokens, int64_t m) {
+    return saved.sym_size(2) == tokens.sym_size(2).min(m) && saved.is_contiguous();
+  };
+  NYSTROM_CHECK(rows(saved.qt, q, a.num_landmarks) && rows(saved.u, q, a.num_landmarks) &&
+                    rows(saved.lse, q, a.num_landmarks) && rows(saved.kt, a.key, a.num_landmarks) &&
+                    rows(saved.w, a.key, a.num_landmarks),
+                "the saved tensors are not those that _attention_forward returned for these arguments");
+}
+
+void check_public_options(const at::Tensor& query, const at::Tensor& key, std::string_view coefficient,
+                          bool enable_gqa) {
+  NYSTROM_CHECK(coefficient == "per_head" || coefficient == "global",
+                "coefficient must be \"per_head\" or \"global\", got \"", coefficient, "\"");
+  if (query.dim() != 4 || key.dim() != 4) return;  // said better by check()
+  NYSTROM_CHECK(enable_gqa || query.sym_size(1) == key.sym_size(1),
+                "query and key must have the same number of heads, got ", query.sym_size(1), " and ", key.sym_size(1),
+                "; pass enable_gqa=True for grouped-query attention");
+}
+
+}  // namespace nystrom_ext

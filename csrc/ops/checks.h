@@ -1,0 +1,14 @@
+// Every check of the arguments. Messages name the rule, the value and the way out. Sizes are compared as SymInt, so the
+// checks also hold under tracing.
+#pragma once
+
+#include "ops.h"
+
+namespace nystrom_ext {
+
+void check(const Arguments& a);
+void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
+void check_public_options(const at::Tensor& query, const at::Tensor& key, std::string_view coefficient,
+                          bool enable_gqa);
+
+}  // namespace nystrom_ext

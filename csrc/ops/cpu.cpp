@@ -1,0 +1,147 @@
+// The CPU backend: each stage allocates its partial sums and shares its tasks out to the threads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <functional>
+
+#include "../cpu/kernels.h"
+#include "backend.h"
+
+namespace nystrom_ext {
+namespace {
+
+using cpu::kernels;
+using cpu::Partials;
+
+template <class F>
+void parallel(int64_t tasks, const F& run) {
+  at::parallel_for(0, tasks, 1, run);
+}
+
+at::Tensor buffer(const Problem& p, int64_t elements) {
+  return at::empty({elements}, p.dtype == Dtype::float64 ? at::kDouble : at::kFloat);
+}
+
+// count, offsets and, behind a mask, index of one side.
+int64_t* plan_side(Tokens& t, const Problem& p, int64_t* memory) {
+  int64_t* count = memory;
+  int64_t* offsets = count + p.batch;
+  int64_t* index = offsets + p.batch * (t.landmarks + 1);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    int64_t n = t.length;
+    if (t.ignored) {
+      n = 0;
+      for (int64_t i = 0; i < t.length; ++i) {
+        if (!t.ignored[b * t.length + i]) index[b * t.length + n++] = i;
+      }
+    }
+    count[b] = n;
+    const int64_t segments = std::min(n, t.landmarks);
+    int64_t* boundary = offsets + b * (t.landmarks + 1);
+    for (int64_t j = 0; j <= segments; ++j) boundary[j] = segments == 0 ? 0 : j * n / segments;
+  }
+  t.count = count;
+  t.offsets = offsets;
+  t.index = t.ignored ? index : nullptr;
+  return t.ignored ? index + p.batch * t.length : index;
+}
+
+at::Tensor plan(Problem& p) {
+  const auto size = [&](const Tokens& t) { return p.batch * (1 + t.landmarks + 1 + (t.ignored ? t.length : 0)); };
+  at::Tensor memory = at::empty({size(p.queries) + size(p.keys)}, at::kLong);
+  plan_side(p.keys, p, plan_side(p.queries, p, memory.mutable_data_ptr<int64_t>()));
+  return memory;
+}
+
+void landmarks(const Forward& f) {
+  parallel(f.problems() * f.segments(), [&](int64_t a, int64_t b) { kernels(f.dtype).landmarks(f, a, b); });
+}
+
+void key_pass(const Forward& f) {
+  const int64_t tasks = f.problems() * cpu::chunks(f.keys, f.landmarks), rows = f.queries.landmarks;
+  const at::Tensor u = buffer(f, tasks * rows * f.value_width());
+  const at::Tensor maxima = buffer(f, tasks * padded(rows)), sums = buffer(f, tasks * padded(rows));
+  const Partials partials{u.data_ptr(), maxima.data_ptr(), sums.data_ptr()};
+  parallel(tasks, [&](int64_t a, int64_t b) { kernels(f.dtype).key_pass(f, partials, a, b); });
+  parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).key_pass_merge(f, partials, a, b); });
+}
+
+// Option "global": the largest coefficient of the batch, and the problem that attains it.
+struct GlobalCoefficient {
+  double value = 0;
+  int64_t problem = 0;
+
+  explicit GlobalCoefficient(const Forward& f) {
+    std::vector<double> c(size_t(f.problems()));
+    parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).coefficient(f, c.data(), a, b); });
+    const auto top = std::max_element(c.begin(), c.end());
+    if (top == c.end()) return;
+    value = *top;
+    problem = top - c.begin();
+  }
+};
+
+void core(const Forward& f) {
+  std::optional<GlobalCoefficient> global;
+  if (f.global_coefficient) global.emplace(f);
+  const double* c = global ? &global->value : nullptr;
+  parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).core(f, c, a, b); });
+}
+
+void query_pass(const Forward& f) {
+  const int64_t tasks = f.problems() * cpu::chunks(f.queries, f.landmarks);
+  parallel(tasks, [&](int64_t a, int64_t b) { kernels(f.dtype).query_pass(f, a, b); });
+}
+
+void query_pass_backward(const Backward& g) {
+  const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.keys.landmarks;
+  const at::Tensor dw = buffer(g, tasks * rows * g.value_width()), dkt = buffer(g, tasks * rows * g.head_width());
+  const Partials partials{dw.data_ptr(), dkt.data_ptr()};
+  parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward(g, partials, a, b); });
+  parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward_merge(g, partials, a, b); });
+}
+
+void core_backward(const Backward& g) {
+  if (!g.global_coefficient) {
+    parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, nullptr, nullptr, a, b); });
+    return;
+  }
+  const GlobalCoefficient global(g);
+  std::vector<double> dc(size_t(g.problems()));
+  parallel(g.problems(),
+           [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, &global.value, dc.data(), a, b); });
+  double total = 0;
+  for (const double x : dc) total += x;
+  if (global.value > 0) kernels(g.dtype).coefficient_backward(g, global.problem, total);
+}
+
+void key_pass_backward(const Backward& g) {
+  const int64_t chunks = cpu::chunks(g.keys, g.landmarks), parts = g.problems() * chunks;
+  const at::Tensor dqt = buffer(g, parts * g.queries.landmarks * g.head_width()), dconv = buffer(g, parts * g.taps);
+  const Partials partials{dqt.data_ptr(), dconv.data_ptr()};
+  parallel(g.batch * g.kv_heads * chunks,
+           [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward(g, partials, a, b); });
+  parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward_merge(g, partials, a, b); });
+}
+
+void landmarks_backward(const Backward& g) {
+  const int64_t tasks = g.problems() * g.queries.landmarks;
+  parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).landmarks_backward(g, a, b); });
+}
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static const Backend backend{plan,          landmarks,         key_pass,
+                               core,          query_pass,        query_pass_backward,
+                               core_backward, key_pass_backward, landmarks_backward};
+  return backend;
+}
+
+TORCH_LIBRARY_IMPL(nystrom_ext, CompositeImplicitAutograd, m) {
+  m.impl("_cpu_capability", [] { return std::string(cpu::capability()); });
+}
+
+}  // namespace nystrom_ext

@@ -1,0 +1,53 @@
+// The registered operators as C++ functions: each call goes through the dispatcher, so that tracing sees it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace nystrom_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The tensors and options of one call, as the internal ops carry them.
+struct Arguments {
+  at::Tensor query, key, value;
+  OptionalTensor key_padding_mask, query_padding_mask, conv_weight, rng_state;
+  int64_t num_landmarks, pinv_iterations;
+  double scale, dropout_p;
+  bool global_coefficient;
+};
+
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// What the forward op saves for the backward op, in schema order.
+struct Saved {
+  at::Tensor qt, kt, u, lse, w;
+};
+
+// The signatures of `_attention_forward` and `_attention_backward`.
+using ForwardOp = ForwardResult(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                                const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
+                                int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
+                                bool global_coefficient);
+using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+                                  const at::Tensor& value, const OptionalTensor& key_padding_mask,
+                                  const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
+                                  const OptionalTensor& rng_state, const at::Tensor& qt, const at::Tensor& kt,
+                                  const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
+                                  int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
+                                  bool global_coefficient);
+
+ForwardResult call_forward(const Arguments& a);
+BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
+
+// The public op's arguments as the internal ops take them: defaults resolved, the dropout's seed drawn.
+Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                  const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
+                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa);
+
+}  // namespace nystrom_ext

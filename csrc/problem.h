@@ -1,0 +1,78 @@
+// What a backend is given: sizes, options and strided pointers. No torch header, so that the kernel rooms need none.
+#pragma once
+
+#include <cstdint>
+
+namespace nystrom_ext {
+
+enum class Dtype : int { float64, float32, bfloat16, float16 };
+
+// The m-sized buffers (landmarks, U, W and their gradients) have rows padded with zeros to a multiple of this many
+// elements, so that every vector width divides them.
+constexpr int64_t kRowAlign = 16;
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t padded(int64_t n) { return round_up(n, kRowAlign); }
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// A (batch, head, token, feature) tensor; strides in elements.
+struct Operand {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0, feature = 0;
+};
+
+// The tokens of one side (queries or keys). Valid tokens are counted by rank; segments are cut over ranks, so padding
+// never moves a boundary (mathematics.md, section 1).
+struct Tokens {
+  int64_t length = 0;                // L or S: positions per sample
+  int64_t landmarks = 0;             // rows of Qt or Kt per head: min(m, length)
+  const bool* ignored = nullptr;     // (batch, length), true = padding; null: every token is valid
+  const int64_t* count = nullptr;    // (batch): L' or S'
+  const int64_t* index = nullptr;    // (batch, length): rank -> position; null: the identity
+  const int64_t* offsets = nullptr;  // (batch, landmarks + 1): segment j holds ranks offsets[j] .. offsets[j + 1] - 1
+};
+
+struct Problem {
+  Dtype dtype = Dtype::float32;
+  int64_t batch = 0, heads = 0, kv_heads = 0;
+  int64_t head_dim = 0, value_dim = 0;  // d, e
+  int64_t landmarks = 0;                // m
+  int64_t iterations = 6;               // Newton-Schulz
+  int64_t taps = 0;                     // T of the convolution, 0 = none
+  double scale = 1.0;                   // s
+  double dropout_p = 0.0;
+  bool global_coefficient = false;
+  const int64_t* rng_state = nullptr;  // (2): seed, offset; null without dropout
+  Operand query, key, value;           // (B, H, L, d), (B, H_kv, S, d), (B, H_kv, S, e)
+  Operand conv_weight;                 // (H, T): strides head and token
+  Tokens queries, keys;
+
+  int64_t problems() const { return batch * heads; }  // N: one softmax problem per (sample, head)
+  int64_t group() const { return heads / kv_heads; }  // query heads per key head
+  int64_t segments() const {                          // landmarks on the longer side
+    return queries.landmarks > keys.landmarks ? queries.landmarks : keys.landmarks;
+  }
+  int64_t head_width() const { return padded(head_dim); }    // row length of Qt, Kt
+  int64_t value_width() const { return padded(value_dim); }  // row length of U, W
+};
+
+// Buffers hold the accumulation type: double for float64, float otherwise. Saved for backward: all but out.
+struct Forward : Problem {
+  Operand out;          // (B, H, L, e)
+  void* qt = nullptr;   // (N, queries.landmarks, head_width)
+  void* kt = nullptr;   // (N, keys.landmarks, head_width)
+  void* u = nullptr;    // (N, queries.landmarks, value_width)
+  void* lse = nullptr;  // (N, queries.landmarks)
+  void* w = nullptr;    // (N, keys.landmarks, value_width)
+};
+
+struct Backward : Forward {      // out: the gradient dO that arrives
+  Operand dquery, dkey, dvalue;  // zero at padded positions on entry
+  void* dconv = nullptr;         // (H, T), accumulation type
+  void* dqt = nullptr;           // (N, queries.landmarks, head_width)
+  void* dkt = nullptr;           // (N, keys.landmarks, head_width)
+  void* du = nullptr;            // (N, queries.landmarks, value_width)
+  void* dw = nullptr;            // (N, keys.landmarks, value_width)
+  void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U)
+};
+
+}  // namespace nystrom_ext

@@ -1,0 +1,19 @@
+"""Nyström attention for PyTorch: O(n) attention that swaps into existing transformers."""
+
+from ._library import build_info
+from ._version import __version__
+from .convert import Report, convert_, nystrom, revert_
+from .functional import nystrom_attention, nystrom_attention_weights
+from .modules import NystromMultiheadAttention
+
+__all__ = [
+    "NystromMultiheadAttention",
+    "Report",
+    "__version__",
+    "build_info",
+    "convert_",
+    "nystrom",
+    "nystrom_attention",
+    "nystrom_attention_weights",
+    "revert_",
+]

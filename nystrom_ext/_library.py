@@ -1,0 +1,36 @@
+"""Loads the operator library, which registers ``torch.ops.nystrom_ext.*``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+
+
+def _load() -> None:
+    library = Path(__file__).with_name("libnystrom.so")
+    if not library.exists():
+        raise ImportError(
+            f"nystrom_ext: {library} is missing, so the package was not built; run "
+            "`pip install --no-build-isolation .` in the repository, in an environment that has torch"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"nystrom_ext: {library} does not load into torch {torch.__version__}, probably because it was built for "
+            f"another one; rebuild it with `pip install --no-build-isolation --force-reinstall .` ({error})"
+        ) from error
+
+
+_load()
+
+
+def build_info() -> dict[str, object]:
+    """Versions the extension was built with, CUDA architectures (None: CPU only), and the CPU capability in use."""
+    from . import _C
+
+    info = _C.build_info()
+    return {**info, "version": __version__, "cpu_capability": torch.ops.nystrom_ext._cpu_capability()}

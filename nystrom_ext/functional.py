@@ -1,0 +1,107 @@
+"""Nyström attention as functions on (batch, heads, tokens, features) tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  registers the ops
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    query_padding_mask: Tensor | None = None,
+    num_landmarks: int = 64,
+    pinv_iterations: int = 6,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    conv_weight: Tensor | None = None,
+    coefficient: str = "per_head",
+    enable_gqa: bool = False,
+) -> Tensor:
+    r"""Softmax attention approximated in O((L + S) m) time and memory (Nyströmformer, arXiv 2102.03902).
+
+    :math:`\mathrm{softmax}(s Q \tilde K^T)\, Z\, \mathrm{softmax}(s \tilde Q K^T) V` with segment means
+    :math:`\tilde Q, \tilde K` over the valid tokens and Z from ``pinv_iterations`` Newton-Schulz steps. A sample with at
+    most ``num_landmarks`` valid keys or valid queries gets exact softmax attention. Padding and batch mates never change
+    a result.
+
+    Args:
+        query: (B, H, L, d), float64, float32, bfloat16 or float16, any strides; 16-bit inputs are computed in float32.
+        key: (B, H, S, d), same dtype and device; (B, H_kv, S, d) with ``enable_gqa``.
+        value: (B, H, S, e) or (B, H_kv, S, e).
+        key_padding_mask: (B, S) bool, True = ignore, as in ``nn.MultiheadAttention``.
+        query_padding_mask: (B, L) bool, True = ignore: these rows of the result are zero and take no part in the
+            landmarks. For self-attention pass the same mask twice.
+        num_landmarks: m, the number of segment means. ``m >= L`` or ``m >= S`` is exact attention.
+        pinv_iterations: six are a spectral filter that suits attention; more approximate it worse, not better.
+        scale: s, default ``d ** -0.5``.
+        dropout_p: probability of dropping entries of the (L, m) probabilities; pass 0 in evaluation, as with SDPA.
+        conv_weight: (H, taps): a depthwise convolution of the values over the sequence is added; needs L = S.
+        coefficient: ``"per_head"``, or ``"global"`` as in the paper's released code, which couples the batch.
+        enable_gqa: query head h reads key head ``h // (H // H_kv)``.
+
+    Returns:
+        (B, H, L, e), stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once with respect to
+        query, key, value and conv_weight.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; the message names the rule and the way out.
+    """
+    return torch.ops.nystrom_ext.attention(
+        query,
+        key,
+        value,
+        key_padding_mask,
+        query_padding_mask=query_padding_mask,
+        conv_weight=conv_weight,
+        num_landmarks=num_landmarks,
+        pinv_iterations=pinv_iterations,
+        scale=scale,
+        dropout_p=dropout_p,
+        coefficient=coefficient,
+        enable_gqa=enable_gqa,
+    )
+
+
+def nystrom_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    query_padding_mask: Tensor | None = None,
+    num_landmarks: int = 64,
+    pinv_iterations: int = 6,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    coefficient: str = "per_head",
+    enable_gqa: bool = False,
+    average_heads: bool = False,
+) -> Tensor:
+    """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection: O(L S) memory.
+
+    Arguments as for :func:`nystrom_attention`. It is the attention of the identity, so masks, regimes and dropout are
+    those of the operator itself. Rows may have negative entries and sum to 1 only approximately.
+
+    Returns:
+        (B, H, L, S), or (B, L, S) with ``average_heads``.
+    """
+    identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
+    weights = nystrom_attention(
+        query,
+        key,
+        identity.expand(*key.shape[:2], -1, -1),
+        key_padding_mask,
+        query_padding_mask=query_padding_mask,
+        num_landmarks=num_landmarks,
+        pinv_iterations=pinv_iterations,
+        scale=scale,
+        dropout_p=dropout_p,
+        coefficient=coefficient,
+        enable_gqa=enable_gqa,
+    )
+    return weights.mean(1) if average_heads else weights

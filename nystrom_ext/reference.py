@@ -1,0 +1,133 @@
+"""The definition of Nyström attention in plain PyTorch: the truth every kernel is tested against.
+
+Slow and dense on purpose. Invalid tokens are removed before anything is computed, so padding cannot matter, and each
+sample is computed by itself, so its batch mates cannot matter either. Gradients come from autograd. Any floating dtype;
+tests use float64. Formulas: Nyströmformer (arXiv 2102.03902); the four stages carry the same names in ``csrc``.
+
+Shapes in the stages (one sample): q (H, L, d), k (H, S, d), v (H, S, e), landmarks (H, m, d).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def landmarks(x: Tensor, m: int) -> Tensor:
+    """Qt, Kt: means over m balanced segments; with n <= m tokens every token is its own landmark."""
+    n = x.shape[1]
+    if n <= m:
+        return x
+    offsets = [j * n // m for j in range(m + 1)]
+    return torch.stack([x[:, a:b].mean(1) for a, b in zip(offsets, offsets[1:])], 1)
+
+
+def key_pass(qt: Tensor, k: Tensor, v: Tensor, scale: float, drop: Tensor | float = 1.0) -> Tensor:
+    """U = softmax(s Qt K^T) V."""
+    return (scale * qt @ k.mT).softmax(-1).mul(drop) @ v
+
+
+def core(a: Tensor, u: Tensor, c: Tensor, iterations: int) -> Tensor:
+    """W = Z U with Z from Newton-Schulz, Z0 = A^T / c. Six iterations filter the spectrum of A; they do not invert it."""
+    z, eye = a.mT / c, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        x = a @ z
+        z = 0.25 * z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x)))
+    return z @ u
+
+
+def query_pass(q: Tensor, kt: Tensor, w: Tensor, scale: float, drop: Tensor | float = 1.0) -> Tensor:
+    """O = softmax(s Q Kt^T) W."""
+    return (scale * q @ kt.mT).softmax(-1).mul(drop) @ w
+
+
+def convolution(v: Tensor, weight: Tensor) -> Tensor:
+    """y_i = sum_t w_t v_{i + t - T//2}, zero outside; v (H, n, e), weight (H, T)."""
+    taps, n = weight.shape[1], v.shape[1]
+    padded = torch.nn.functional.pad(v, (0, 0, taps // 2, taps - 1 - taps // 2))
+    return sum((weight[:, t, None, None] * padded[:, t : t + n] for t in range(taps)), torch.zeros_like(v))
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    query_padding_mask: Tensor | None = None,
+    num_landmarks: int = 64,
+    pinv_iterations: int = 6,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    conv_weight: Tensor | None = None,
+    coefficient: str = "per_head",
+    enable_gqa: bool = False,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Same arguments as :func:`nystrom_ext.nystrom_attention`; dropout needs ``rng_state`` (int64 (2,): seed, offset)."""
+    (B, H, L, d), S, m = query.shape, key.shape[2], num_landmarks
+    scale = d**-0.5 if scale is None else scale
+    if enable_gqa:
+        key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    k_valid = [_valid(key_padding_mask, b, S, key.device) for b in range(B)]
+    q_valid = [_valid(query_padding_mask, b, L, key.device) for b in range(B)]
+    qkv = [(query[b, :, q_valid[b]], key[b, :, k_valid[b]], value[b, :, k_valid[b]]) for b in range(B)]
+
+    similarity = {}  # A of the samples in the Nyström regime
+    for b, (q, k, _) in enumerate(qkv):
+        if min(q.shape[1], k.shape[1]) > m:
+            similarity[b] = (scale * landmarks(q, m) @ landmarks(k, m).mT).softmax(-1)
+    c = {b: (a.sum(-1).amax(-1) * a.sum(-2).amax(-1))[:, None, None] for b, a in similarity.items()}
+    if coefficient == "global" and c:
+        rows = torch.stack([a.sum(-1).max() for a in similarity.values()]).max()
+        columns = torch.stack([a.sum(-2).max() for a in similarity.values()]).max()
+        c = {b: rows * columns for b in c}
+
+    out = []
+    for b, (q, k, v) in enumerate(qkv):
+        drop: Tensor | float = 1.0
+        rows, keys = q_valid[b].nonzero()[:, 0], k_valid[b].nonzero()[:, 0]
+        if dropout_p > 0:
+            columns = keys if q.shape[1] <= m < k.shape[1] else torch.arange(min(m, k.shape[1]), device=key.device)
+            heads = torch.arange(b * H, (b + 1) * H, device=key.device)
+            drop = dropout_multiplier(rng_state, dropout_p, heads, rows, columns).to(q.dtype)
+        if k.shape[1] == 0:
+            o = q.new_zeros(H, q.shape[1], v.shape[-1])
+        elif b in similarity:
+            u = key_pass(landmarks(q, m), k, v, scale)
+            o = query_pass(q, landmarks(k, m), core(similarity[b], u, c[b], pinv_iterations), scale, drop)
+        else:
+            o = query_pass(q, k, v, scale, drop)  # exact softmax attention
+        y = q.new_zeros(H, L, v.shape[-1]).index_copy(1, rows, o)
+        if conv_weight is not None:
+            masked = v.new_zeros(H, S, v.shape[-1]).index_copy(1, keys, v)
+            y = y + convolution(masked, conv_weight) * q_valid[b][:, None]
+        out.append(y)
+    return torch.stack(out) if out else query.new_zeros(B, H, L, value.shape[-1])
+
+
+def _valid(mask: Tensor | None, b: int, n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, dtype=torch.bool, device=device) if mask is None else ~mask[b]
+
+
+def dropout_multiplier(rng_state: Tensor | None, p: float, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(heads, rows, columns) of 0 or 1 / (1 - p), from Philox4x32-10 (Salmon et al., SC 2011).
+
+    key = seed (64 bits) with the offset's high word xored into its high word; counter = (column // 4, row,
+    sample * H + head, offset's low word); word column % 4 of the result decides. rows are positions in the sequence;
+    columns are landmark indices, or key positions where L' <= m < S'.
+    """
+    assert rng_state is not None, "dropout in the reference needs rng_state"
+    word = 0xFFFFFFFF
+    seed, offset = (int(x) for x in rng_state)
+    k0, k1 = seed & word, (seed >> 32 ^ offset >> 32) & word
+    shape = (len(heads), len(rows), len(columns))
+    c = [columns[None, None] // 4, rows[None, :, None], heads[:, None, None], heads.new_tensor(offset & word)]
+    c0, c1, c2, c3 = (x.to(torch.int64).expand(shape) for x in c)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64-bit products, wrapped: only their bits matter
+        c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    lane = (columns % 4).expand(shape)[..., None]
+    bits = torch.stack([c0, c1, c2, c3], -1).gather(-1, lane)[..., 0]
+    return (bits >= int(p * 2**32)).double() / (1 - p) if p < 1 else torch.zeros(shape, dtype=torch.float64)
