@@ -26,9 +26,9 @@ def nystrom_attention(
     r"""Softmax attention approximated in O((L + S) m) time and memory (Nyströmformer, arXiv 2102.03902).
 
     :math:`\mathrm{softmax}(s Q \tilde K^T)\, Z\, \mathrm{softmax}(s \tilde Q K^T) V` with segment means
-    :math:`\tilde Q, \tilde K` over the valid tokens and Z from ``pinv_iterations`` Newton-Schulz steps. A sample with at
-    most ``num_landmarks`` valid keys or valid queries gets exact softmax attention. Padding and batch mates never change
-    a result.
+    :math:`\tilde Q, \tilde K` over the valid tokens and Z from ``pinv_iterations`` Newton-Schulz steps. A sample with
+    at most ``num_landmarks`` valid keys or valid queries gets exact softmax attention. Padding and batch mates never
+    change a result.
 
     Args:
         query: (B, H, L, d), float64, float32, bfloat16 or float16, any strides; 16-bit inputs are computed in float32.

@@ -9,6 +9,8 @@ Shapes in the stages (one sample): q (H, L, d), k (H, S, d), v (H, S, e), landma
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def landmarks(x: Tensor, m: int) -> Tensor:
     if n <= m:
         return x
     offsets = [j * n // m for j in range(m + 1)]
-    return torch.stack([x[:, a:b].mean(1) for a, b in zip(offsets, offsets[1:])], 1)
+    return torch.stack([x[:, a:b].mean(1) for a, b in itertools.pairwise(offsets)], 1)
 
 
 def key_pass(qt: Tensor, k: Tensor, v: Tensor, scale: float, drop: Tensor | float = 1.0) -> Tensor:
@@ -28,7 +30,7 @@ def key_pass(qt: Tensor, k: Tensor, v: Tensor, scale: float, drop: Tensor | floa
 
 
 def core(a: Tensor, u: Tensor, c: Tensor, iterations: int) -> Tensor:
-    """W = Z U with Z from Newton-Schulz, Z0 = A^T / c. Six iterations filter the spectrum of A; they do not invert it."""
+    """W = Z U, Z by Newton-Schulz from A^T / c. Six iterations filter the spectrum of A; they do not invert it."""
     z, eye = a.mT / c, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         x = a @ z
@@ -64,7 +66,7 @@ def nystrom_attention(
     enable_gqa: bool = False,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Same arguments as :func:`nystrom_ext.nystrom_attention`; dropout needs ``rng_state`` (int64 (2,): seed, offset)."""
+    """As :func:`nystrom_ext.nystrom_attention`; dropout needs ``rng_state``, int64 (2,): seed and offset."""
     (B, H, L, d), S, m = query.shape, key.shape[2], num_landmarks
     scale = d**-0.5 if scale is None else scale
     if enable_gqa:
@@ -111,23 +113,29 @@ def _valid(mask: Tensor | None, b: int, n: int, device: torch.device) -> Tensor:
 
 
 def dropout_multiplier(rng_state: Tensor | None, p: float, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(heads, rows, columns) of 0 or 1 / (1 - p), from Philox4x32-10 (Salmon et al., SC 2011).
+    """(heads, rows, columns) of 0 or 1 / (1 - p), in float64, from the counter-based generator Philox.
 
     key = seed (64 bits) with the offset's high word xored into its high word; counter = (column // 4, row,
-    sample * H + head, offset's low word); word column % 4 of the result decides. rows are positions in the sequence;
-    columns are landmark indices, or key positions where L' <= m < S'.
+    sample * H + head, offset's low word); word column % 4 of the result drops the entry if below p 2^32. rows are
+    positions in the sequence; columns are landmark indices, or key positions where L' <= m < S'.
     """
     assert rng_state is not None, "dropout in the reference needs rng_state"
-    word = 0xFFFFFFFF
     seed, offset = (int(x) for x in rng_state)
-    k0, k1 = seed & word, (seed >> 32 ^ offset >> 32) & word
     shape = (len(heads), len(rows), len(columns))
-    c = [columns[None, None] // 4, rows[None, :, None], heads[:, None, None], heads.new_tensor(offset & word)]
-    c0, c1, c2, c3 = (x.to(torch.int64).expand(shape) for x in c)
-    for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64-bit products, wrapped: only their bits matter
-        c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
-        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
-    lane = (columns % 4).expand(shape)[..., None]
-    bits = torch.stack([c0, c1, c2, c3], -1).gather(-1, lane)[..., 0]
+    counter = columns[None, None] // 4, rows[None, :, None], heads[:, None, None], heads.new_tensor(offset & WORD)
+    words = philox([c.expand(shape) for c in counter], seed & WORD, (seed >> 32 ^ offset >> 32) & WORD)
+    bits = torch.stack(words, -1).gather(-1, (columns % 4).expand(shape)[..., None])[..., 0]
     return (bits >= int(p * 2**32)).double() / (1 - p) if p < 1 else torch.zeros(shape, dtype=torch.float64)
+
+
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: list[Tensor], k0: int, k1: int) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # products of 64 bits, wrapped: only their bits matter
+        c0, c1, c2, c3 = (b >> 32 & WORD) ^ c1 ^ k0, b & WORD, (a >> 32 & WORD) ^ c3 ^ k1, a & WORD
+        k0, k1 = k0 + 0x9E3779B9 & WORD, k1 + 0xBB67AE85 & WORD
+    return [c0, c1, c2, c3]

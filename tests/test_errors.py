@@ -1,0 +1,82 @@
+"""Bad input gets one clear error that names the rule, the value and the way out; never a crash, never a reshape."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from nystrom_ext import nystrom_attention, nystrom_attention_weights
+
+X = torch.randn(2, 4, 30, 8)
+MASK = torch.zeros(2, 30, dtype=torch.bool)
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "3-D query": ({"query": X[0]}, "query must have 4 dimensions (batch, heads, tokens, features), got shape [4,"),
+    "dtypes": ({"key": X.double()}, "must have one dtype, got Float, Double, Float; cast them with .to()"),
+    "integers": (dict.fromkeys(("query", "key", "value"), X.long()), "float64, float32, bfloat16 or float16, got Long"),
+    "devices": ({"value": X.to("meta")}, "must be on one device, got cpu, cpu, meta"),
+    "batch": ({"key": X[:1], "value": X[:1]}, "one batch size, got 2, 1, 1; expand()"),
+    "heads of value": ({"value": X[:, :2]}, "same number of heads, got 4 and 2"),
+    "heads of key": ({"key": X[:, :2], "value": X[:, :2]}, "got 4 and 2; pass enable_gqa=True"),
+    "groups": (
+        {"key": X[:, :3], "value": X[:, :3], "enable_gqa": True},
+        "the heads of query must be a multiple of the heads of key, got 4 and 3",
+    ),
+    "tokens": ({"value": X[:, :, :20]}, "same number of tokens, got 30 and 20"),
+    "head_dim": ({"key": X[..., :7]}, "same head_dim, got 8 and 7"),
+    "no features": ({"value": X[..., :0]}, "head_dim must be at least 1, got 8 for query and 0 for value"),
+    "float mask": ({"key_padding_mask": MASK.float()}, "key_padding_mask must be bool with True = ignore, got Float"),
+    "mask shape": ({"key_padding_mask": MASK[:, :5]}, "shape (batch, key tokens) = (2, 30), got [2, 5]"),
+    "mask dims": ({"query_padding_mask": MASK[0]}, "shape (batch, query tokens) = (2, 30), got [30]"),
+    "mask device": ({"key_padding_mask": MASK.to("meta")}, "must be on the device of query, cpu, got meta"),
+    "no landmarks": ({"num_landmarks": 0}, "num_landmarks must be at least 1, got 0; 64 is a good start"),
+    "iterations": ({"pinv_iterations": -1}, "pinv_iterations must not be negative, got -1; the paper uses 6"),
+    "scale": ({"scale": float("inf")}, "scale must be finite, got inf; None means"),
+    "dropout": ({"dropout_p": 1.5}, "dropout_p must be between 0 and 1, got 1.5"),
+    "dropout nan": ({"dropout_p": float("nan")}, "dropout_p must be between 0 and 1, got nan"),
+    "coefficient": ({"coefficient": "batch"}, 'coefficient must be "per_head" or "global", got "batch"'),
+    "taps": ({"conv_weight": torch.randn(3, 5)}, "shape (heads, taps) with heads = 4, got [3, 5]"),
+    "taps dtype": ({"conv_weight": torch.randn(4, 5).half()}, "must have the dtype and device of query, Float on cpu"),
+    "taps cross": (
+        {"query": X[:, :, :20], "conv_weight": torch.randn(4, 5)},
+        "conv_weight needs as many queries as keys, got L = 20 and S = 30",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_message(name: str) -> None:
+    changes, message = BAD[name]
+    arguments: dict[str, Any] = {"query": X, "key": X, "value": X, **changes}
+    with pytest.raises(ValueError, match="nystrom_attention: .*" + re.escape(message)):
+        nystrom_attention(**arguments)
+
+
+def test_double_backward_is_refused_by_name() -> None:
+    x = torch.randn(1, 1, 100, 8, requires_grad=True)
+    (g,) = torch.autograd.grad(nystrom_attention(x, x, x, num_landmarks=8).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="nystrom_attention does not support double backward"):
+        torch.autograd.grad(g.sum(), x)
+
+
+def test_internal_ops_check_too() -> None:
+    """Nothing reached through torch.ops may read out of bounds."""
+    forward, backward = torch.ops.nystrom_ext._attention_forward, torch.ops.nystrom_ext._attention_backward
+    options = (8, 6, 0.3, 0.0, False)
+    with pytest.raises(ValueError, match="same number of tokens"):
+        forward(X, X, X[:, :, :5], None, None, None, None, *options)
+    with pytest.raises(ValueError, match="dropout_p > 0 needs rng_state"):
+        forward(X, X, X, None, None, None, None, 8, 6, 0.3, 0.5, False)
+    out, *saved = forward(X, X, X, None, None, None, None, *options)
+    with pytest.raises(ValueError, match="the gradient must have the shape"):
+        backward(out[..., :3], X, X, X, None, None, None, None, *saved, *options)
+    with pytest.raises(ValueError, match="saved tensors are not those"):
+        backward(out, X, X, X, None, None, None, None, *(s[:, :, :2] for s in saved), *options)
+
+
+def test_weights_need_no_value_but_check_the_rest() -> None:
+    with pytest.raises(ValueError, match="num_landmarks must be at least 1"):
+        nystrom_attention_weights(X, X, num_landmarks=0)
