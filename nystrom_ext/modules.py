@@ -1,0 +1,394 @@
+"""`NystromMultiheadAttention`: `nn.MultiheadAttention` at a cost linear in the sequence length.
+
+Up to ``num_landmarks`` tokens it computes what `nn.MultiheadAttention` computes; beyond, it approximates
+(Nyströmformer, arXiv 2102.03902; :mod:`nystrom_ext.reference`). Shapes in this file: N batch, H heads, L queries,
+S keys, E ``embed_dim``, d = E / H, m ``num_landmarks``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import nystrom_attention, nystrom_attention_weights
+
+_F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
+
+# Entries of a floating-point key_padding_mask up to this mean "ignore": -inf, finfo.min, -1e9 and the customary -1e4.
+IGNORE_THRESHOLD = -1e4
+
+# A fixed negative key instead of register_forward_pre_hook: generated keys count up from 0 in every process, so the
+# first hook registered on an unpickled module could overwrite ours.
+HOOK_KEY = -1
+
+
+def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Does nothing. Hooks keep nn.TransformerEncoderLayer from running a fused exact attention on the module's weights
+    instead of calling it. At module level, so that copies and pickles keep it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of :class:`NystromMultiheadAttention` that add no parameters. ValueError for a bad value."""
+
+    num_landmarks: int = 64
+    pinv_iterations: int = 6
+    coefficient: str = "per_head"
+    unsupported_mask: str = "error"
+
+    def __post_init__(self) -> None:
+        _check_count("num_landmarks", self.num_landmarks, 1, "the paper uses 64")
+        _check_count("pinv_iterations", self.pinv_iterations, 0, "the paper uses 6")
+        if self.coefficient not in ("per_head", "global"):
+            raise ValueError(
+                f'coefficient must be "per_head" or "global", got {self.coefficient!r}; "per_head" keeps the samples '
+                f'of a batch independent, "global" is what the paper\'s code does'
+            )
+        if self.unsupported_mask not in ("error", "exact"):
+            raise ValueError(
+                f'unsupported_mask must be "error" or "exact", got {self.unsupported_mask!r}; "error" raises, "exact" '
+                f"computes exact attention for calls with attn_mask"
+            )
+
+
+def _check_count(name: str, value: Any, least: int, advice: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {advice}")
+
+
+class ValueConvolution(nn.Module):
+    """Depthwise convolution of the values over the sequence, one kernel per head: y_i = sum_t w_t v_{i + t - taps//2}.
+
+    The skip connection of Nyströmformer. ``weight`` (H, taps) starts uniform in ±1/sqrt(taps), as the `nn.Conv2d` of
+    the paper's code. Values outside the sequence and at ignored keys count as zero; ignored queries get zero.
+    """
+
+    def __init__(self, num_heads: int, taps: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, taps, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, value: Tensor, ignored_keys: Tensor | None, ignored_queries: Tensor | None) -> Tensor:
+        """value (N, H, S, d), bool masks (N, S), True = ignore -> (N, H, S, d)."""
+        heads, taps = self.weight.shape
+        padded = F.pad(_zero(value, ignored_keys), (0, 0, taps // 2, taps - 1 - taps // 2))
+        return _zero(F.conv2d(padded, self.weight[:, None, :, None], groups=heads), ignored_queries)
+
+    def extra_repr(self) -> str:
+        return "num_heads={}, taps={}".format(*self.weight.shape)
+
+
+class NystromMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with Nyström attention: same parameters, state_dict, initial values and ``forward``.
+
+    The shape chooses the regime. With min(L, S) <= ``num_landmarks``, S counting the keys of ``add_bias_kv`` and
+    ``add_zero_attn``, the result is that of `nn.MultiheadAttention` to rounding, with every mask, weights and dropout;
+    only rows without any key give ``out_proj.bias`` and zero weights where upstream may give NaN. Beyond, attention is
+    approximated at a cost of O((L + S) m) and does not depend on padding; where ``query is key``, ``key_padding_mask``
+    removes the queries too, and their output is ``out_proj.bias``. Dropout then acts on the (L, m) probabilities.
+
+    Args:
+        num_landmarks: m, the number of segment means that stand for the sequence.
+        pinv_iterations: Newton-Schulz iterations for the pseudo-inverse of the m x m matrix.
+        conv_kernel_size: taps of a depthwise convolution of the values, added to the attention in both regimes. Adds
+            the parameter ``conv.weight`` (H, taps); needs L = S and no added keys.
+        coefficient: scale of the iteration's start; ``"global"``, as in the paper's code, couples a batch's samples.
+        unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
+            NotImplementedError, ``"exact"`` computes exact attention.
+    The other arguments are those of `nn.MultiheadAttention`.
+    """
+
+    num_landmarks: int
+    pinv_iterations: int
+    coefficient: str
+    unsupported_mask: str
+    conv: ValueConvolution | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        num_landmarks: int = 64,
+        pinv_iterations: int = 6,
+        conv_kernel_size: int | None = None,
+        coefficient: str = "per_head",
+        unsupported_mask: str = "error",
+    ) -> None:
+        options = Options(
+            num_landmarks=num_landmarks,
+            pinv_iterations=pinv_iterations,
+            coefficient=coefficient,
+            unsupported_mask=unsupported_mask,
+        )
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.configure(options)
+        if conv_kernel_size is None:
+            return
+        _check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
+        if add_bias_kv or add_zero_attn:
+            raise ValueError(
+                f"conv_kernel_size needs as many keys as queries, got conv_kernel_size={conv_kernel_size} with "
+                f"add_bias_kv={add_bias_kv}, add_zero_attn={add_zero_attn}; leave out one or the other"
+            )
+        self.conv = ValueConvolution(num_heads, conv_kernel_size, device, dtype)
+
+    def configure(self, options: Options) -> None:
+        """Set options and the hook that makes encoder layers call ``forward``. Conversion calls it too."""
+        vars(self).update(vars(options))
+        if "conv" not in self._modules:
+            self.conv = None
+        self._forward_pre_hooks[HOOK_KEY] = keep_python_forward
+
+    def _reset_parameters(self) -> None:
+        super()._reset_parameters()
+        conv = self._modules.get("conv")  # self.conv does not exist yet when nn.MultiheadAttention.__init__ calls
+        if isinstance(conv, ValueConvolution):
+            conv.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in vars(Options()))
+
+    def merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Any:
+        """Raises: nn.TransformerEncoderLayer calls it only on the way to its fused exact attention."""
+        raise RuntimeError(
+            "NystromMultiheadAttention: a fused encoder fast path was about to bypass Nyström attention (the module's "
+            "forward pre-hook was removed); call nystrom_ext.convert_() again or "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`: same shapes, masks (True = ignore) and messages.
+
+        Beyond ``num_landmarks`` tokens a floating-point ``key_padding_mask`` holds 0 (keep) or values <= -1e4
+        (ignore); anything else raises RuntimeError, on CUDA asynchronously. A strided NestedTensor is accepted in the
+        self-attention of a ``batch_first`` module without masks, in every mode.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            masked = key_padding_mask is not None or attn_mask is not None
+            return self._forward_nested(query, key, value, masked, need_weights, average_attn_weights)
+        batched = _F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        q, k, v = self._project(query, key, value)
+        kpm = self._key_mask(key_padding_mask, k)
+        ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
+        ignored_queries = ignored[:, : q.shape[2]] if query is key and ignored is not None else None
+        dropout_p = self.dropout if self.training else 0.0
+        exact = self._is_exact(q.shape[2], k.shape[2], attn_mask)
+        if exact:
+            is_causal = is_causal and kpm is None and not need_weights  # else attn_mask itself is used, as upstream
+            mask = self._additive_mask(q, k, kpm, None if is_causal else attn_mask)
+            out, weights = _exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
+        else:
+            _check_key_mask(kpm)
+            out, weights = self._nystrom(q, k, v, ignored, ignored_queries, dropout_p, need_weights)
+        if self.conv is not None and (exact or need_weights):  # else the operator has added it
+            out = out + self.conv(v, ignored, ignored_queries)
+
+        out = out.transpose(1, 2).flatten(2)
+        weights = weights.mean(1) if weights is not None and average_attn_weights else weights
+        if not batched:
+            return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
+        return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q (N, H, L, d), k and v (N, H, S, d) with the added keys."""
+        q, k, v = self._in_projection(query, key, value)
+        if query.dim() == 2:
+            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        elif not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        if len(q) != len(k):
+            raise RuntimeError(f"query and key must have the same batch size, got {len(q)} and {len(k)}")
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], 1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        if self.conv is not None and q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"the convolution needs L = S, got L={q.shape[1]}, S={k.shape[1]}; construct with conv_kernel_size=None"
+            )
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
+        """q, k, v in the caller's layout. Reads the weights at each call: others may have replaced them by tensors."""
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if not self._qkv_same_embed_dim:
+            if key.shape[:-1] != value.shape[:-1]:
+                raise AssertionError(
+                    f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
+                )
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            return _F._in_projection(query, key, value, *weights, *biases)
+        if key.shape != value.shape:
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+        if query is key and key is value:  # strided views suffice; _in_projection_packed would copy q, k and v
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return _F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)
+
+    def _added_keys(self) -> int:
+        return (self.bias_k is not None) + self.add_zero_attn
+
+    def _key_mask(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
+        """key_padding_mask (N, S) or (S,) -> (N, S) with the added keys, which are never masked."""
+        if mask is None:
+            return None
+        mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, self._added_keys()))
+        for dim, (size, expected) in enumerate(zip(mask.shape, (len(k), k.shape[2]), strict=True)):
+            if size != expected:
+                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {expected}, but got {size}")
+        return mask
+
+    def _is_exact(self, L: int, S: int, attn_mask: Tensor | None) -> bool:
+        if min(L, S) <= self.num_landmarks:
+            return True
+        if attn_mask is not None and self.unsupported_mask == "error":
+            raise NotImplementedError(
+                f"NystromMultiheadAttention: attn_mask is not supported with L={L}, S={S} > num_landmarks="
+                f"{self.num_landmarks} (an (L, S) mask is O(L*S)), nor is is_causal (landmarks are means over past and "
+                f"future). Use key_padding_mask, raise num_landmarks, or construct with "
+                f'unsupported_mask="exact".'
+            )
+        return attn_mask is not None
+
+    def _additive_mask(self, q: Tensor, k: Tensor, kpm: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+        """Both masks as one floating-point mask that broadcasts to (N, H, L, S)."""
+        kpm = F._canonical_mask(kpm, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q.dtype)
+        attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
+        if attn_mask is not None:
+            N, H, L, S = *q.shape[:3], k.shape[2] - self._added_keys()
+            expected = (L, S) if attn_mask.dim() == 2 else (N * H, L, S)
+            if attn_mask.shape != expected:
+                raise RuntimeError(
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
+                )
+            attn_mask = F.pad(attn_mask, (0, self._added_keys()))
+            attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (N, H))
+        if kpm is None:
+            return attn_mask
+        return kpm[:, None, None] if attn_mask is None else kpm[:, None, None] + attn_mask
+
+    def _nystrom(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ignored: Tensor | None,
+        ignored_queries: Tensor | None,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> (N, H, L, d) and, with need_weights, the weights (N, H, L, S) that gave it."""
+        options: dict[str, Any] = {
+            "query_padding_mask": ignored_queries,
+            "num_landmarks": self.num_landmarks,
+            "pinv_iterations": self.pinv_iterations,
+            "coefficient": self.coefficient,
+            "dropout_p": dropout_p,
+        }
+        if not need_weights:
+            conv_weight = None if self.conv is None else self.conv.weight
+            return nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options), None
+        _warn_approximate_weights()
+        weights = nystrom_attention_weights(q, k, ignored, **options)
+        return weights @ _zero(v, ignored), weights
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, masked: bool, need_weights: bool, average_attn_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pads, computes with a mask, and returns a NestedTensor; weights stay padded, with zeros."""
+        same = query is key and key is value
+        if not same or query.layout != torch.strided or query.dim() != 3 or not self.batch_first or masked:
+            raise RuntimeError(
+                "NystromMultiheadAttention does not support NestedTensor outside of strided 3-D self-attention in a "
+                f"batch_first module without masks, got {query.dim()}-D query of layout {query.layout}, "
+                f"query is key is value: {same}, batch_first={self.batch_first}, masks: {masked}"
+            )
+        x = query.to_padded_tensor(0.0)
+        padding = torch.arange(x.shape[1], device=x.device) >= query._nested_tensor_size()[:, :1].to(x.device)
+        out, weights = self.forward(x, x, x, padding, need_weights, average_attn_weights=average_attn_weights)
+        if weights is not None:
+            weights = weights.masked_fill(padding[:, :, None] if weights.dim() == 3 else padding[:, None, :, None], 0)
+        return torch._nested_tensor_from_mask(out, ~padding), weights
+
+
+def _zero(x: Tensor, ignored: Tensor | None) -> Tensor:
+    """x (N, H, n, d) with zeros where ``ignored`` (N, n) is True, whatever x holds there."""
+    return x if ignored is None else x.masked_fill(ignored[:, None, :, None], 0)
+
+
+def _check_key_mask(mask: Tensor | None) -> None:
+    """Refuses finite biases of single keys, which the approximation cannot honour. Does not wait for a GPU."""
+    if mask is None or mask.dtype == torch.bool:
+        return
+    F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
+    torch._assert_async(
+        ((mask <= IGNORE_THRESHOLD) | (mask == 0)).all(),
+        "NystromMultiheadAttention: beyond num_landmarks tokens a floating-point key_padding_mask must hold 0 (keep) "
+        "or values <= -1e4 (ignore), found others; pass a bool mask or raise num_landmarks",
+    )
+
+
+def _exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention with the random stream of `nn.MultiheadAttention` -> (N, H, L, d), weights (N, H, L, S)."""
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:  # zeros in rows without any key, where a plain softmax and its gradient are NaN
+        scores = scores + mask
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights
+
+
+@functools.cache
+def _warn_approximate_weights() -> None:
+    warnings.warn(
+        "NystromMultiheadAttention: need_weights=True costs O(L * S) beyond num_landmarks tokens, and the weights are "
+        "approximate (entries may be negative, rows need not sum to 1); need_weights=False costs O(L + S)",
+        stacklevel=7,  # past the hook-calling frames of nn.Module
+    )
