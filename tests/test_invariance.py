@@ -36,9 +36,7 @@ def call(p: Problem, x: list[Tensor], mask: Tensor | None, grad: Tensor) -> list
     torch.manual_seed(3)  # one dropout mask for all calls
     x = [t.detach().requires_grad_() for t in x]
     conv = x[3] if p.taps else None
-    out = nystrom_attention(
-        *x[:3], mask, query_padding_mask=mask, conv_weight=conv, num_landmarks=p.m, **p.options
-    )
+    out = nystrom_attention(*x[:3], mask, query_padding_mask=mask, conv_weight=conv, num_landmarks=p.m, **p.options)
     return [out.detach(), *torch.autograd.grad(out, x, grad)]
 
 

@@ -1,0 +1,55 @@
+# make demo | test | bench | lint | format | clean. Each sets up what it needs in $(VENV) and says so.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test bench lint format build clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(BIN)/python -m benchmarks.finetune $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+bench: build
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+build: $(VENV)/built
+
+# A torch that $(PYTHON) can import is used through a .pth file; otherwise $(TORCH) is installed.
+$(VENV)/ready:
+	@echo "== creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	@found=$$($(PYTHON) -c 'import importlib.util as u, pathlib; s = u.find_spec("torch"); print(pathlib.Path(s.origin).parents[1] if s else "")'); \
+	if [ -n "$$found" ]; then \
+	  echo "== using the torch of $(PYTHON)"; \
+	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
+	else \
+	  echo "== installing $(TORCH)"; $(BIN)/python -m pip install --quiet "$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/built: $(VENV)/ready pyproject.toml setup.py nystrom_ext/_version.py csrc/python/module.cpp $(CXX_SOURCES)
+	@echo "== building nystrom_ext and installing it with its development tools (about two minutes on two cores)"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -c 'import nystrom_ext; print("==", nystrom_ext.build_info())'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info nystrom_ext/*.so
