@@ -93,13 +93,11 @@ def nystrom_attention(
             columns = keys if q.shape[1] <= m < k.shape[1] else torch.arange(min(m, k.shape[1]), device=key.device)
             heads = torch.arange(b * H, (b + 1) * H, device=key.device)
             drop = dropout_multiplier(rng_state, dropout_p, heads, rows, columns).to(q.dtype)
-        if k.shape[1] == 0:
-            o = q.new_zeros(H, q.shape[1], v.shape[-1])
-        elif b in similarity:
+        if b in similarity:
             u = key_pass(landmarks(q, m), k, v, scale)
             o = query_pass(q, landmarks(k, m), core(similarity[b], u, c[b], pinv_iterations), scale, drop)
         else:
-            o = query_pass(q, k, v, scale, drop)  # exact softmax attention
+            o = query_pass(q, k, v, scale, drop)  # exact softmax attention; zeros without keys
         y = q.new_zeros(H, L, v.shape[-1]).index_copy(1, rows, o)
         if conv_weight is not None:
             masked = v.new_zeros(H, S, v.shape[-1]).index_copy(1, keys, v)

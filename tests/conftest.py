@@ -1,10 +1,13 @@
-"""Each worker of pytest-xdist gets one thread: the machine's cores are shared out to workers, not to kernels."""
+"""Tests run on one thread: tensors this small only lose by threads, and the cores are shared with other workers."""
 
-import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 
-def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)  # some tests are about threads

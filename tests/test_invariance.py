@@ -5,8 +5,6 @@ Everything here is compared bit by bit, in the output and in every gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from problems import DTYPES, Problem, run
@@ -22,13 +20,6 @@ CASES = {
     "chunks": Problem(B=1, H=1, L=2300, m=8, d=16),
     "dropout": Problem(B=1, L=100, m=16, d=16, options={"dropout_p": 0.4}),
 }
-
-
-@pytest.fixture(autouse=True)
-def keep_thread_count() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(p: Problem, x: list[Tensor], mask: Tensor | None, grad: Tensor) -> list[Tensor]:

@@ -19,15 +19,6 @@ INF = float("inf")
 f64 = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only lose by threads, a lot on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomise(module):
     for p in module.parameters():  # biases start at zero, which would hide mistakes
         nn.init.uniform_(p, -0.7, 0.7)
