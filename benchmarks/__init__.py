@@ -1,0 +1,1 @@
+"""Programs that measure the extension; run them from the root of the repository."""

@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all, and the checkpoint made of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from . import UsageError
+
+NAME = "checkpoint.pt"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """``write`` gets the open temporary file. A crash at any point leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace must not copy
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} must be writable: {error.strerror}; free space or change --output-dir") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    write_atomically(folder / NAME, lambda file: torch.save(state, file))
+
+
+def load(folder: Path, config: dict[str, object], fingerprint: str) -> dict[str, Any]:
+    """The state that was saved, after a check that it belongs to this configuration and these data."""
+    path = folder / NAME
+    if not path.exists():
+        raise UsageError(f"--resume needs a checkpoint, {path} does not exist; leave out --resume to start one")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, data, _ = state["config"], state["fingerprint"], state["arms"]
+    except Exception as error:  # a damaged file fails in many ways
+        raise UsageError(f"{path} must be a checkpoint of this program, it is damaged; leave out --resume") from error
+    names = sorted(name for name in {*theirs, *config} if theirs.get(name) != config.get(name))
+    if names:
+        changed = ", ".join(f"{name} was {theirs.get(name)}, is {config.get(name)}" for name in names)
+        raise UsageError(f"--resume needs the options of the first run: {changed}; restore them")
+    if data != fingerprint:
+        raise UsageError(f"--resume needs the data of the first run, those of {path} were others; restore them")
+    return state
