@@ -60,12 +60,7 @@ void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, const A*
 template <class A>
 void similarity_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s, bool add_dqt) {
   const int64_t m = g.landmarks, ld = padded(m), d = g.head_width();
-  for (int64_t i = 0; i < m; ++i) {
-    const A *a = s.forward.a + i * ld, scale = A(g.scale);
-    A* da = s.da + i * ld;
-    const A delta = dot(a, da, ld);
-    for (int64_t j = 0; j < ld; ++j) da[j] = scale * a[j] * (da[j] - delta);
-  }
+  softmax_rows_backward(s.forward.a, s.da, m, ld, A(g.scale));
   gemm<false>(m, d, m, s.da, ld, slice<A>(g.kt, h.n, g.keys.landmarks, d), d,
               slice<A>(g.dqt, h.n, g.queries.landmarks, d), d, A(1), add_dqt);
   gemm<true>(m, d, m, s.da, ld, slice<A>(g.qt, h.n, g.queries.landmarks, d), d,

@@ -118,7 +118,6 @@ template <class T>
 void query_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
                           const QueryPassBackwardScratch<Acc<T>>& scratch, Acc<T>* dw, Acc<T>* dkt) {
   using A = Acc<T>;
-  constexpr int W = Simd<A>::width;
   const int64_t m = padded(s.key_rows), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
   const Tile<A> dout = query_rows<T>(g.out, s, g.value_dim).read(first, n, scratch.dout);
@@ -126,13 +125,7 @@ void query_block_backward(const Backward& g, const Head& s, const Dropout& dropo
   query_pass_probabilities(g, s, n, q, scratch.kt, p);
   gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, m);
   if (dropout.on()) drop_rows(dropout, s, first, n, ds, m);
-  for (int64_t i = 0; i < n; ++i) {
-    const A delta = dot(p + i * m, ds + i * m, m), scale = A(g.scale);
-    for (int64_t j = 0; j < m; j += W) {
-      A* at = ds + i * m + j;
-      store(at, scale * load(p + i * m + j) * (load(at) - delta));
-    }
-  }
+  softmax_rows_backward(p, ds, n, m, A(g.scale));
   if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
   gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, dw, e, A(1), true);
   gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, dkt, d, A(1), true);
