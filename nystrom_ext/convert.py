@@ -1,12 +1,15 @@
 """Switch the attention of an existing model to Nyström attention and back, in place.
 
 Conversion assigns the class of each `nn.MultiheadAttention` and sets options on it: Parameter objects, state_dict keys,
-hooks, training mode and names stay what they were, so optimizers, checkpoints and tied modules keep working.
+hooks, training mode and names stay what they were, so optimizers, checkpoints and tied modules keep working. Attention
+of other libraries is converted by :mod:`nystrom_ext.integrations`: by its class too, or through Hugging Face's
+``attn_implementation``.
 """
 
 from __future__ import annotations
 
 import glob
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +22,10 @@ from .modules import HOOK_KEY, NystromMultiheadAttention, Options
 
 Pattern = str | type[nn.Module]
 
-# Attributes that conversion leaves on a converted module and on an encoder, for the way back.
+# Libraries whose attention can be converted: they come into play when a model has classes of theirs.
+_LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
+
+# Attributes that conversion leaves on a module whose class it changed and on an encoder, for the way back.
 _CONVERTED = "_converted_from_stock"
 _STOCK_SETTING = "_stock_use_nested_tensor"
 
@@ -58,10 +64,12 @@ def convert_(
 ) -> Report:
     """Make every `nn.MultiheadAttention` in ``model``, itself included, a :class:`NystromMultiheadAttention`, in place.
 
-    Each `nn.TransformerEncoder` around a converted module gets ``use_nested_tensor = False``. Modules that are Nyström
-    attention already get the new options. Skipped, with a reason in the report: the self-attention of
-    `nn.TransformerDecoderLayer`, other subclasses of `nn.MultiheadAttention`, and what the filters leave out. A module
-    that appears several times counts once, under its first name.
+    The attention of Hugging Face models and `timm.layers.Attention` is converted as well; what stays exact in a Hugging
+    Face model runs "sdpa". Each `nn.TransformerEncoder` around a converted module gets ``use_nested_tensor = False``.
+    Modules that are Nyström attention already get the new options. Skipped, with a reason in the report: the
+    self-attention of `nn.TransformerDecoderLayer` and other causal attention, attention with position biases or windows,
+    other subclasses of `nn.MultiheadAttention`, and what the filters leave out. A module that appears several times
+    counts once, under its first name.
 
     Args:
         include, exclude: globs of qualified names (``*`` also matches dots), or classes, which stand for their
@@ -78,17 +86,23 @@ def convert_(
         )
     settings = Options(num_landmarks=num_landmarks, **options)
     modules = dict(model.named_modules())
-    skipped = _skipped(modules, include, exclude, filter_fn)
-    found = {name: m for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+    integrations = _integrations(modules.values())
+    found = _find(modules, integrations)
+    skipped = _skipped(modules, found, include, exclude, filter_fn)
     converted = [name for name in found if name not in skipped]
     if strict and not converted:
         listing = "".join(f"\n  {name or '(the model itself)'}: {reason}" for name, reason in skipped.items())
+        stock = sum(isinstance(modules[name], nn.MultiheadAttention) for name in found)
+        others = f" and {len(found) - stock} other attention modules" if len(found) > stock else ""
         raise ValueError(
-            f"nothing to convert in {type(model).__name__}, {len(found)} nn.MultiheadAttention found{listing}\n"
+            f"nothing to convert in {type(model).__name__}, {stock} nn.MultiheadAttention{others} found{listing}\n"
             f"Change include, exclude or filter_fn, or pass strict=False"
         )
+    for integration in integrations:
+        integration.convert(modules, converted, settings)
+    swaps = _swaps(integrations)
     for name in converted:
-        _convert(found[name], settings)
+        _swap(modules[name], swaps, settings)
     for encoder in modules.values():
         if isinstance(encoder, nn.TransformerEncoder) and any(map(_is_ours, encoder.modules())):
             vars(encoder).setdefault(_STOCK_SETTING, getattr(encoder, "use_nested_tensor", False))
@@ -99,50 +113,85 @@ def convert_(
 
 def revert_(model: nn.Module) -> None:
     """Undo :func:`convert_` exactly. Modules constructed as :class:`NystromMultiheadAttention` stay what they are."""
-    _revert(model.modules())
+    modules = list(model.modules())
+    _revert(modules, modules)
 
 
 @contextmanager
 def nystrom(model: nn.Module, **arguments: Any) -> Iterator[Report]:
     """Convert within a ``with`` block, arguments as for :func:`convert_`; afterwards ``model`` is as it was before."""
     modules = list(model.modules())
-    before = {m: {name: getattr(m, name) for name in vars(Options())} for m in modules if _is_ours(m)}
+    before = {m: {name: vars(m)[name] for name in _settings(m) if name in vars(m)} for m in modules if _is_ours(m)}
     report = convert_(model, **arguments)
     try:
         yield report
     finally:
-        _revert(m for m in modules if m not in before)
+        _revert([m for m in modules if m not in before], modules)
         for module, attributes in before.items():
+            for name in _settings(module):
+                vars(module).pop(name, None)
             vars(module).update(attributes)
 
 
+def _integrations(modules: Iterable[nn.Module]) -> list[Any]:
+    libraries = {cls.__module__.partition(".")[0] for module in modules for cls in type(module).__mro__}
+    names = [integration for library, integration in _LIBRARIES.items() if library in libraries]
+    return [importlib.import_module(f"{__package__}.integrations.{name}") for name in names]
+
+
+def _swaps(integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
+    """Stock class -> our subclass of it."""
+    swaps: dict[type[nn.Module], Any] = {nn.MultiheadAttention: NystromMultiheadAttention}
+    for integration in integrations:
+        swaps |= integration.SWAPS
+    return swaps
+
+
 def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, NystromMultiheadAttention)
+    return isinstance(module, NystromMultiheadAttention) or hasattr(module, "nystrom_options")
+
+
+def _settings(module: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes that hold the options of a converted module."""
+    return tuple(vars(Options())) if isinstance(module, NystromMultiheadAttention) else ("nystrom_options",)
+
+
+def _find(modules: dict[str, nn.Module], integrations: Iterable[Any]) -> dict[str, str | None]:
+    """Qualified names of all attention modules, in the model's order -> None, or why one is never converted."""
+    found: dict[str, str | None] = {}
+    for integration in integrations:
+        found |= integration.find(modules)
+    decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
+    causal = {m for layer in decoder_layers for m in layer.self_attn.modules()}  # within an adapter's wrapper as well
+    for stock, ours in _swaps(integrations).items():
+        for name, module in modules.items():
+            if not isinstance(module, stock):
+                continue
+            cls = type(module)
+            special = _written_class(module) is not stock and not isinstance(module, ours)
+            reason = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour" if special else None
+            found[name] = "self-attention of nn.TransformerDecoderLayer, causal by use" if module in causal else reason
+    return {name: found[name] for name in modules if name in found}
 
 
 def _skipped(
     modules: dict[str, nn.Module],
+    found: dict[str, str | None],
     include: Pattern | Sequence[Pattern] | None,
     exclude: Pattern | Sequence[Pattern] | None,
     filter_fn: Callable[[nn.Module, str], bool] | None,
 ) -> dict[str, str]:
-    """Qualified name -> reason, of the nn.MultiheadAttention modules that are not to be converted."""
-    causal = {m.self_attn for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer)}
+    """Qualified name -> reason, of the attention modules that are not to be converted."""
     skipped = {}
-    for name, module in modules.items():
-        if not isinstance(module, nn.MultiheadAttention):
-            continue
+    for name, reason in found.items():
         if include is not None and not _matches(modules, name, include):
             skipped[name] = "not in include"
         elif exclude is not None and _matches(modules, name, exclude):
             skipped[name] = "in exclude"
-        elif filter_fn is not None and not filter_fn(module, name):
+        elif filter_fn is not None and not filter_fn(modules[name], name):
             skipped[name] = "filter_fn returned False"
-        elif module in causal:
-            skipped[name] = "self-attention of nn.TransformerDecoderLayer, causal by use"
-        elif type(module) is not nn.MultiheadAttention and not isinstance(module, NystromMultiheadAttention):
-            cls = type(module)
-            skipped[name] = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour"
+        elif reason is not None:
+            skipped[name] = reason
     return skipped
 
 
@@ -155,28 +204,50 @@ def _matches(modules: dict[str, nn.Module], name: str, patterns: Pattern | Seque
     return False
 
 
-def _convert(module: nn.MultiheadAttention, options: Options) -> None:
-    if not isinstance(module, NystromMultiheadAttention):
-        module.__class__ = NystromMultiheadAttention
-        setattr(module, _CONVERTED, True)
-    cast(NystromMultiheadAttention, module).configure(options)
+def _written_class(module: nn.Module) -> type:
+    """The class of ``module`` below those that parametrizations and FSDP2 derive from it for a single module."""
+    cls = type(module)
+    while cls.__module__.startswith(("torch.nn.utils.parametrize", "torch.distributed.")):
+        cls = cls.__bases__[-1]
+    return cls
 
 
-def _revert(modules: Iterable[nn.Module]) -> None:
-    modules = list(modules)
-    converted = [m for m in modules if hasattr(m, _CONVERTED)]
-    for module in converted:
-        if type(module) is not NystromMultiheadAttention:
+def _exchange(cls: type, old: type, new: type) -> type:
+    """``cls`` with ``new`` instead of ``old`` below the classes that :func:`_written_class` skips."""
+    if cls is old:
+        return new
+    *mixins, base = cls.__bases__
+    return type(cls.__name__.replace(old.__name__, new.__name__), (*mixins, _exchange(base, old, new)), {**vars(cls)})
+
+
+def _swap(module: nn.Module, swaps: dict[type[nn.Module], Any], options: Options) -> None:
+    """Make a stock module ours, by its class. Modules of other kinds are left alone."""
+    for stock, ours in swaps.items():
+        if isinstance(module, stock):
+            if not isinstance(module, ours):
+                module.__class__ = _exchange(type(module), stock, ours)
+                setattr(module, _CONVERTED, ours)
+            cast(Any, module).configure(options)
+
+
+def _revert(modules: list[nn.Module], scope: list[nn.Module]) -> None:
+    """Revert ``modules``, and in ``scope`` what surrounds them as far as nothing converted needs it any more."""
+    converted = {m: vars(m)[_CONVERTED] for m in modules if _CONVERTED in vars(m)}  # hasattr would see through wrappers
+    for module, ours in converted.items():
+        if _written_class(module) is not ours:
             raise RuntimeError(
-                f"cannot revert a module whose class became {type(module).__qualname__} after conversion; first remove "
-                f"what changed it, for example its parametrizations"
+                f"cannot revert a module whose class became {type(module).__qualname__} after conversion; first undo "
+                f"what changed it"
             )
-    for module in converted:
-        for attribute in (*vars(Options()), "conv", _CONVERTED):
+    for module, ours in converted.items():
+        for attribute in (*_settings(module), _CONVERTED):
             delattr(module, attribute)
-        module._forward_pre_hooks.pop(HOOK_KEY, None)
-        module.__class__ = nn.MultiheadAttention
+        if isinstance(module, NystromMultiheadAttention):
+            del module.conv
+            module._forward_pre_hooks.pop(HOOK_KEY, None)
+        module.__class__ = _exchange(type(module), ours, ours.__bases__[0])  # ours derives from the class it replaces
+    for integration in _integrations(scope):
+        integration.revert(modules, scope)
     for encoder in modules:
-        if hasattr(encoder, _STOCK_SETTING) and not any(hasattr(m, _CONVERTED) for m in encoder.modules()):
-            encoder.use_nested_tensor = getattr(encoder, _STOCK_SETTING)
-            delattr(encoder, _STOCK_SETTING)
+        if _STOCK_SETTING in vars(encoder) and not any(_CONVERTED in vars(m) for m in encoder.modules()):
+            encoder.use_nested_tensor = vars(encoder).pop(_STOCK_SETTING)

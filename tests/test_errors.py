@@ -23,8 +23,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "heads of key": ({"key": X[:, :2], "value": X[:, :2]}, "got 4 and 2; pass enable_gqa=True"),
     "groups": (
         {"key": X[:, :3], "value": X[:, :3], "enable_gqa": True},
-        "the heads of query must be a multiple of the heads of key, got 4 and 3",
+        "the heads of query must be a positive multiple of the heads of key, got 4 and 3",
     ),
+    "no heads": ({"query": X[:, :0], "enable_gqa": True}, "positive multiple of the heads of key, got 0 and 4"),
     "tokens": ({"value": X[:, :, :20]}, "same number of tokens, got 30 and 20"),
     "head_dim": ({"key": X[..., :7]}, "same head_dim, got 8 and 7"),
     "no features": ({"value": X[..., :0]}, "head_dim must be at least 1, got 8 for query and 0 for value"),

@@ -45,8 +45,8 @@ void check(const Arguments& a) {
                 value.sym_size(0), "; expand() the smaller ones");
   NYSTROM_CHECK(key.sym_size(1) == value.sym_size(1), "key and value must have the same number of heads, got ",
                 key.sym_size(1), " and ", value.sym_size(1));
-  NYSTROM_CHECK(key.sym_size(1) > 0 && query.sym_size(1) % key.sym_size(1) == 0,
-                "the heads of query must be a multiple of the heads of key, got ", query.sym_size(1), " and ",
+  NYSTROM_CHECK(key.sym_size(1) > 0 && query.sym_size(1) > 0 && query.sym_size(1) % key.sym_size(1) == 0,
+                "the heads of query must be a positive multiple of the heads of key, got ", query.sym_size(1), " and ",
                 key.sym_size(1));
   NYSTROM_CHECK(key.sym_size(2) == value.sym_size(2), "key and value must have the same number of tokens, got ",
                 key.sym_size(2), " and ", value.sym_size(2));
