@@ -13,26 +13,41 @@ inline int64_t core_size(const Problem& p) {
   return p.queries.length > p.landmarks && p.keys.length > p.landmarks ? p.landmarks : 0;
 }
 
+// Z_k and what its iteration computes on the way to Z_{k+1}: X = A Z_k, T2 = 15 I - X (7 I - X), T3 = 13 I - X T2.
+template <class A>
+struct Iterate {
+  A *z, *x, *t2, *t3;
+};
+
 template <class A>
 struct CoreScratch {
-  A *kt, *a, *x, *t, *y, *column;
-  A* z;  // Z_0 .. Z_iterations, or two of them in turn
+  A *kt, *a, *t1, *column, *z, *x;
+  int64_t size, kept;  // elements of a matrix; iterates in memory
   CoreScratch() = default;
-  CoreScratch(Arena& arena, const Problem& p, bool all_iterates) {
+
+  // Keeps every iterate for the reverse pass, or only the last two.
+  CoreScratch(Arena& arena, const Problem& p, bool keep_all) {
     const int64_t m = core_size(p), ld = padded(m);
+    size = m * ld;
+    kept = keep_all ? p.iterations + 1 : 2;
     kt = arena.take<A>(p.head_dim * ld);
-    A** const matrices[] = {&a, &x, &t, &y};
-    for (A** matrix : matrices) *matrix = arena.take<A>(m * ld);
+    a = arena.take<A>(size);
+    t1 = arena.take<A>(size);
     column = arena.take<A>(ld);
-    z = arena.take<A>((all_iterates ? p.iterations + 1 : 2) * m * ld);
+    z = arena.take<A>(kept * size);
+    x = arena.take<A>((keep_all ? kept : 1) * 3 * size);
+  }
+
+  Iterate<A> iterate(int64_t k) const {
+    A* steps = x + (kept > 2 ? k : 0) * 3 * size;
+    return {z + k % kept * size, steps, steps + size, steps + 2 * size};
   }
 };
 
-// t = diagonal I - x.
+// x += diagonal I.
 template <class A>
-void minus(const A* x, A diagonal, int64_t m, int64_t ld, A* t) {
-  for (int64_t i = 0; i < m * ld; ++i) t[i] = -x[i];
-  for (int64_t i = 0; i < m; ++i) t[i * ld + i] += diagonal;
+void add_diagonal(A* x, A diagonal, int64_t m, int64_t ld) {
+  for (int64_t i = 0; i < m; ++i) x[i * ld + i] += diagonal;
 }
 
 template <class A>
@@ -62,17 +77,36 @@ A coefficient(const CoreScratch<A>& scratch, int64_t m, int64_t* argmax) {
   return scratch.column[*argmax];
 }
 
-// One iteration, Z' = Z (13 I - X (15 I - X (7 I - X))) / 4 with X = A Z.
+// t1 = 7 I - X.
 template <class A>
-void newton_schulz(const CoreScratch<A>& scratch, int64_t m, const A* z, A* next) {
+void first_factor(const A* x, int64_t m, int64_t ld, A* t1) {
+  for (int64_t i = 0; i < m * ld; ++i) t1[i] = -x[i];
+  add_diagonal(t1, A(7), m, ld);
+}
+
+// One iteration: Z_{k+1} = Z_k T3 / 4.
+template <class A>
+void newton_schulz(const CoreScratch<A>& scratch, int64_t m, int64_t k) {
   const int64_t ld = padded(m);
-  product(m, ld, scratch.a, z, scratch.x);
-  minus(scratch.x, A(7), m, ld, scratch.t);
-  product(m, ld, scratch.x, scratch.t, scratch.y);
-  minus(scratch.y, A(15), m, ld, scratch.t);
-  product(m, ld, scratch.x, scratch.t, scratch.y);
-  minus(scratch.y, A(13), m, ld, scratch.t);
-  product(m, ld, z, scratch.t, next, A(0.25));
+  const Iterate<A> it = scratch.iterate(k);
+  product(m, ld, scratch.a, it.z, it.x);
+  first_factor(it.x, m, ld, scratch.t1);
+  product(m, ld, it.x, scratch.t1, it.t2, A(-1));
+  add_diagonal(it.t2, A(15), m, ld);
+  product(m, ld, it.x, it.t2, it.t3, A(-1));
+  add_diagonal(it.t3, A(13), m, ld);
+  product(m, ld, it.z, it.t3, scratch.iterate(k + 1).z, A(0.25));
+}
+
+// A, c and Z_0 .. Z_iterations of one problem; returns c. `given`: the global c, or null for the head's own.
+template <class A>
+A iterate_core(const Forward& f, const Head& s, const double* given, const CoreScratch<A>& scratch, int64_t* argmax) {
+  const int64_t m = f.landmarks, ld = padded(m);
+  similarity(f, s, scratch);
+  const A own = coefficient(scratch, m, argmax), c = given ? A(*given) : own;
+  transpose(scratch.a, m, m, ld, scratch.iterate(0).z, ld, A(1) / c);
+  for (int64_t k = 0; k < f.iterations; ++k) newton_schulz(scratch, m, k);
+  return c;
 }
 
 // Task: problem. c[n] = the head's own coefficient; 0 outside the Nyström regime. For option "global" only.
@@ -104,18 +138,10 @@ void core(const Forward& f, const double* c, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < s.key_rows; ++j) value.read(value.position(j), w + j * width);
     }
     if (s.regime != Regime::nystrom) continue;
-    similarity(f, s, *scratch);
     int64_t argmax;
-    const A own = coefficient(*scratch, m, &argmax);
-    A *z = scratch->z, *next = scratch->z + m * ld;
-    transpose(scratch->a, m, m, ld, z, ld, A(1) / (c ? A(*c) : own));
-    for (int64_t i = 0; i < f.iterations; ++i) {
-      newton_schulz(*scratch, m, z, next);
-      A* previous = z;
-      z = next;
-      next = previous;
-    }
-    gemm<false>(m, width, m, z, ld, slice<A>(f.u, n, f.queries.landmarks, width), width, w, width);
+    iterate_core(f, s, c, *scratch, &argmax);
+    gemm<false>(m, width, m, scratch->iterate(f.iterations).z, ld, slice<A>(f.u, n, f.queries.landmarks, width), width,
+                w, width);
   }
 }
 

@@ -9,11 +9,11 @@ namespace {
 template <class A>
 struct CoreBackwardScratch {
   CoreScratch<A> forward;
-  A *da, *dz, *dz_next, *dx, *dt, *dt_next, *t1, *t2, *t3, *transposed, *ut;
+  A *da, *dz, *dz_next, *dx, *dt, *dt_next, *transposed, *ut;
   CoreBackwardScratch() = default;
   CoreBackwardScratch(Arena& arena, const Problem& p) : forward(arena, p, true) {
     const int64_t m = core_size(p), ld = padded(m);
-    A** const matrices[] = {&da, &dz, &dz_next, &dx, &dt, &dt_next, &t1, &t2, &t3, &transposed};
+    A** const matrices[] = {&da, &dz, &dz_next, &dx, &dt, &dt_next, &transposed};
     for (A** matrix : matrices) *matrix = arena.take<A>(m * ld);
     ut = arena.take<A>(p.value_dim * ld);
   }
@@ -34,26 +34,21 @@ void product_at(int64_t m, const A* a, const A* b, A* c, A alpha, bool plus) {
   gemm<true>(m, ld, m, a, ld, b, ld, c, ld, alpha, plus);
 }
 
-// dZ_k from s.dz = dZ_{k+1}, left in s.dz_next; adds to s.da. X, T1, T2, T3 as in the forward iteration.
+// dZ_k from s.dz = dZ_{k+1}, left in s.dz_next; adds to s.da.
 template <class A>
-void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, const A* z) {
-  const int64_t ld = padded(m);
-  const A *a = s.forward.a, *x = s.forward.x;
-  product(m, ld, a, z, s.forward.x);
-  minus(x, A(7), m, ld, s.t1);
-  product(m, ld, x, s.t1, s.forward.y);
-  minus(s.forward.y, A(15), m, ld, s.t2);
-  product(m, ld, x, s.t2, s.forward.y);
-  minus(s.forward.y, A(13), m, ld, s.t3);
+void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, int64_t k) {
+  const A *a = s.forward.a, *t1 = s.forward.t1;
+  const Iterate<A> it = s.forward.iterate(k);
+  first_factor(it.x, m, padded(m), s.forward.t1);
 
-  product_bt(s, m, s.dz, s.t3, s.dz_next, A(0.25), false);  // dZ  = dZ' T3^T / 4
-  product_at(m, z, s.dz, s.dt, A(0.25), false);             // dT3 = Z^T dZ' / 4
-  product_bt(s, m, s.dt, s.t2, s.dx, A(-1), false);         // dX  = -dT3 T2^T
-  product_at(m, x, s.dt, s.dt_next, A(-1), false);          // dT2 = -X^T dT3
-  product_bt(s, m, s.dt_next, s.t1, s.dx, A(-1), true);     // dX -= dT2 T1^T
-  product_at(m, x, s.dt_next, s.dx, A(1), true);            // dX -= dT1 = -X^T dT2
-  product_bt(s, m, s.dx, z, s.da, A(1), true);              // dA += dX Z^T
-  product_at(m, a, s.dx, s.dz_next, A(1), true);            // dZ += A^T dX
+  product_bt(s, m, s.dz, it.t3, s.dz_next, A(0.25), false);  // dZ  = dZ' T3^T / 4
+  product_at(m, it.z, s.dz, s.dt, A(0.25), false);           // dT3 = Z^T dZ' / 4
+  product_bt(s, m, s.dt, it.t2, s.dx, A(-1), false);         // dX  = -dT3 T2^T
+  product_at(m, it.x, s.dt, s.dt_next, A(-1), false);        // dT2 = -X^T dT3
+  product_bt(s, m, s.dt_next, t1, s.dx, A(-1), true);        // dX -= dT2 T1^T
+  product_at(m, it.x, s.dt_next, s.dx, A(1), true);          // dX -= dT1 = -X^T dT2
+  product_bt(s, m, s.dx, it.z, s.da, A(1), true);            // dA += dX Z^T
+  product_at(m, a, s.dx, s.dz_next, A(1), true);             // dZ += A^T dX
 }
 
 // Through A = softmax(s Qt Kt^T): s.da becomes s dS2; dQt (+)= s dS2 Kt, dKt += s dS2^T Qt.
@@ -71,29 +66,26 @@ void similarity_backward(const Backward& g, const Head& h, const CoreBackwardScr
 template <class A>
 A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBackwardScratch<A>& s) {
   const int64_t m = g.landmarks, ld = padded(m), e = g.value_width(), size = m * ld;
-  similarity(g, h, s.forward);
   int64_t argmax;
-  const A own = coefficient(s.forward, m, &argmax), used = c ? A(*c) : own;
-  A* z = s.forward.z;
-  transpose(s.forward.a, m, m, ld, z, ld, A(1) / used);
-  for (int64_t i = 0; i < g.iterations; ++i) newton_schulz(s.forward, m, z + i * size, z + (i + 1) * size);
+  const A used = iterate_core(g, h, c, s.forward, &argmax);
 
   const A* dw = slice<A>(g.dw, h.n, g.keys.landmarks, e);
   A* u = slice<A>(g.u, h.n, g.queries.landmarks, e);
   transpose(u, m, g.value_dim, e, s.ut, ld);
   gemm<false>(m, ld, g.value_dim, dw, e, s.ut, ld, s.dz, ld);  // dZ = dW U^T
-  gemm<true>(m, e, m, z + g.iterations * size, ld, dw, e, slice<A>(g.du, h.n, g.queries.landmarks, e),
+  gemm<true>(m, e, m, s.forward.iterate(g.iterations).z, ld, dw, e, slice<A>(g.du, h.n, g.queries.landmarks, e),
              e);  // dU = Z^T dW
 
   fill(s.da, size, A(0));
   CoreBackwardScratch<A> step = s;
   for (int64_t i = g.iterations - 1; i >= 0; --i) {
-    newton_schulz_backward(step, m, z + i * size);
+    newton_schulz_backward(step, m, i);
     A* next = step.dz_next;
     step.dz_next = step.dz;
     step.dz = next;
   }
-  A dc = 0;  // Z0 = A^T / c
+  const A* z = s.forward.iterate(0).z;  // A^T / c
+  A dc = 0;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < m; ++j) s.da[i * ld + j] += step.dz[j * ld + i] / used;
     dc -= dot(step.dz + i * ld, z + i * ld, ld) / used;
