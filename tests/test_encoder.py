@@ -12,6 +12,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from nystrom_ext.convert import convert_
@@ -20,6 +22,7 @@ from nystrom_ext.modules import HOOK_KEY, NystromMultiheadAttention
 E, H, N, L, M = 8, 2, 3, 24, 4
 
 pytestmark = [
+    pytest.mark.usefixtures("process_group"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
 ]
@@ -29,6 +32,9 @@ pytestmark = [
 def fresh():
     torch.manual_seed(0)
     torch.compiler.reset()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def calls(monkeypatch):
 
 
 def stock_layer(**kwargs):
-    layer = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True, dtype=torch.float64, **kwargs)
+    layer = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True, **kwargs)
     for p in layer.self_attn.parameters():
         nn.init.uniform_(p, -1, 1)
     return layer
@@ -68,6 +74,17 @@ def pickled(module):
     return torch.load(buffer, weights_only=False)
 
 
+def with_lora(module):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(module, peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False))
+
+
+def sharded(encoder):
+    for layer in encoder.layers:
+        fully_shard(layer)
+    return fully_shard(encoder)
+
+
 FORMS = {
     "layer": lambda: converted(stock_layer()),
     "norm first": lambda: converted(stock_layer(norm_first=True, activation="gelu")),
@@ -76,6 +93,12 @@ FORMS = {
     "deepcopy": lambda: copy.deepcopy(converted(nn.TransformerEncoder(stock_layer(), 2))),
     "pickle": lambda: pickled(converted(nn.TransformerEncoder(stock_layer(), 2))),
     "compile": lambda: compiled(converted(nn.TransformerEncoder(stock_layer(), 2))),
+    "DDP": lambda: DistributedDataParallel(converted(nn.TransformerEncoder(stock_layer(), 2))),
+    "DDP converted": lambda: converted(DistributedDataParallel(nn.TransformerEncoder(stock_layer(), 2))),
+    "FSDP2": lambda: sharded(converted(nn.TransformerEncoder(stock_layer(), 2))),
+    "FSDP2 converted": lambda: converted(sharded(nn.TransformerEncoder(stock_layer(), 2))),
+    "LoRA": lambda: with_lora(converted(nn.TransformerEncoder(stock_layer(), 2))),
+    "LoRA converted": lambda: converted(with_lora(nn.TransformerEncoder(stock_layer(), 2))),
 }
 MODES = {
     "train": (True, nullcontext),
@@ -97,7 +120,9 @@ MASKS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", MASKS)
 def test_our_forward_runs_everywhere(form, mode, mask, calls):
-    model, x, padding = FORMS[form](), torch.randn(N, L, E, dtype=torch.float64), MASKS[mask]
+    autocast = "autocast" in mode
+    torch.set_default_dtype(torch.float32 if autocast else torch.float64)
+    model, x, padding = FORMS[form](), torch.randn(N, L, E), MASKS[mask]
     layers = 1 if form in ("layer", "norm first") else 2
     valid = torch.ones(N, L, dtype=torch.bool) if padding is None else ~padding
     expected = model.train()(x, src_key_padding_mask=padding)[valid]  # no dropout: any path must give this
@@ -105,9 +130,7 @@ def test_our_forward_runs_everywhere(form, mode, mask, calls):
     training, context = MODES[mode]
     model.train(training).requires_grad_(mode != "frozen")
     calls.update(dense=0, nested=0)
-    autocast = "autocast" in mode
     with context(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model, x = (model.float(), x.float()) if autocast else (model, x)
         out = model(x, src_key_padding_mask=padding)[valid]
     assert calls["dense"] == layers
     assert (out - expected).norm() < (0.03 if autocast else 1e-12) * expected.norm()
@@ -117,7 +140,7 @@ def test_nested_conversion_is_off_after_conversion_and_harmless_without(calls):
     encoder = converted(nn.TransformerEncoder(stock_layer(), 2)).eval()
     own = nn.TransformerEncoder(converted(stock_layer()), 2).eval()  # the user's own: convert_ has not seen the encoder
     own.load_state_dict(encoder.state_dict())
-    x, padding = torch.randn(N, L, E, dtype=torch.float64), MASKS["left"]
+    x, padding = torch.randn(N, L, E), MASKS["left"]
     with torch.no_grad():
         expected = encoder(x, src_key_padding_mask=padding)
         assert calls == {"dense": 2, "nested": 0}
@@ -141,7 +164,7 @@ def test_the_trap_exists():
     """A subclass without our hook is bypassed. When this fails, torch has changed and the hook may be superfluous."""
     layer = stock_layer().eval()
     layer.self_attn.__class__ = Unprotected
-    x = torch.randn(N, L, E, dtype=torch.float64)
+    x = torch.randn(N, L, E)
     layer(x)
     assert Unprotected.calls == 1
     with torch.no_grad():
@@ -152,7 +175,7 @@ def test_the_trap_exists():
 def test_without_the_hook_it_raises_instead_of_bypassing():
     layer = converted(stock_layer()).eval()
     del layer.self_attn._forward_pre_hooks[HOOK_KEY]
-    x = torch.randn(N, L, E, dtype=torch.float64)
+    x = torch.randn(N, L, E)
     with torch.no_grad(), pytest.raises(RuntimeError, match="fused encoder fast path was about to bypass"):
         layer(x)
     convert_(layer, num_landmarks=M)  # as the message says
@@ -162,7 +185,7 @@ def test_without_the_hook_it_raises_instead_of_bypassing():
 
 def test_approximation_differs_from_stock():
     """Else the comparisons above could not tell the two attentions apart."""
-    layer, x = stock_layer(), torch.randn(N, L, E, dtype=torch.float64)
+    layer, x = stock_layer(), torch.randn(N, L, E)
     stock = layer(x)
     assert (converted(layer)(x) - stock).abs().max() > 1e-2
 
@@ -172,8 +195,8 @@ def test_approximation_differs_from_stock():
 
 def test_short_sequences_equal_stock_in_every_mode():
     encoder = nn.TransformerEncoder(stock_layer(), 2)
-    x, padding = torch.randn(N, L, E, dtype=torch.float64), MASKS["left"]
-    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    x, padding = torch.randn(N, L, E), MASKS["left"]
+    causal = nn.Transformer.generate_square_subsequent_mask(L)
     inputs = [{"src_key_padding_mask": padding}, {"mask": causal}, {"mask": causal, "src_key_padding_mask": padding}]
     for training, context in (MODES[mode] for mode in ("train", "eval", "no_grad", "inference_mode")):
         for options in inputs:
@@ -185,8 +208,8 @@ def test_short_sequences_equal_stock_in_every_mode():
 
 
 def test_causal_mask_is_refused_with_the_way_out():
-    encoder, x = converted(nn.TransformerEncoder(stock_layer(), 2)), torch.randn(N, L, E, dtype=torch.float64)
-    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    encoder, x = converted(nn.TransformerEncoder(stock_layer(), 2)), torch.randn(N, L, E)
+    causal = nn.Transformer.generate_square_subsequent_mask(L)
     with pytest.raises(NotImplementedError, match='unsupported_mask="exact"'):
         encoder(x, mask=causal)
     convert_(encoder, num_landmarks=M, unsupported_mask="exact")
@@ -198,14 +221,14 @@ def test_causal_mask_is_refused_with_the_way_out():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_transformer(training, calls):
-    model = nn.Transformer(E, H, 2, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64).train(training)
-    report = convert_(model, num_landmarks=M)
+    model = nn.Transformer(E, H, 2, 2, 16, dropout=0.0, batch_first=True).train(training)
+    report = convert_(model, num_landmarks=M, include="*")
     assert report.converted == [f"encoder.layers.{i}.self_attn" for i in (0, 1)] + [
         f"decoder.layers.{i}.multihead_attn" for i in (0, 1)
     ]
-    source, target = torch.randn(N, L, E, dtype=torch.float64), torch.randn(N, 10, E, dtype=torch.float64)
-    causal = nn.Transformer.generate_square_subsequent_mask(10, dtype=torch.float64)
-    padding = torch.zeros(N, L, dtype=torch.float64).masked_fill(MASKS["left"], -torch.inf)
+    source, target = torch.randn(N, L, E), torch.randn(N, 10, E)
+    causal = nn.Transformer.generate_square_subsequent_mask(10)
+    padding = torch.zeros(N, L).masked_fill(MASKS["left"], -torch.inf)
     with nullcontext() if training else torch.no_grad():
         options = {"tgt_mask": causal, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
         out = model(source, target, **options)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from optional import import_timm
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -13,6 +14,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example(number: int) -> None:
+    if "import timm" in EXAMPLES[number]:
+        import_timm()
+    if "import transformers" in EXAMPLES[number] or "from transformers" in EXAMPLES[number]:
+        pytest.importorskip("transformers")
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {"__name__": "readme"})
 
 

@@ -1,10 +1,11 @@
-"""Peak memory of a training step, measured in a fresh process so that nothing else is counted."""
+"""Peak memory, of a training step in the first place, measured in a fresh process so that nothing else is counted."""
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,9 +17,17 @@ LABEL = (
 
 def measure(args: argparse.Namespace, attention: str, vocab: int, labels: int) -> int | None:
     """Bytes, or None where the system does not tell or the process dies."""
+    return peak(args.device, _training, args, attention, vocab, labels)
+
+
+def peak(device: str, prepare: Callable[..., Callable[[], object]], *args: object) -> int | None:
+    """Bytes by which memory rises while the function that ``prepare(*args)`` returns runs, in a fresh process.
+
+    None where the system does not tell or the process dies.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, args, attention, vocab, labels))
+    process = context.Process(target=_child, args=(sender, device, prepare, args))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: on Ctrl-C the child must not print a traceback
     try:
         process.start()
@@ -35,7 +44,17 @@ def measure(args: argparse.Namespace, attention: str, vocab: int, labels: int) -
     return result
 
 
-def _child(sender: Connection, args: argparse.Namespace, attention: str, vocab: int, labels: int) -> None:
+def _child(
+    sender: Connection, device: str, prepare: Callable[..., Callable[[], object]], args: tuple[object, ...]
+) -> None:
+    run = prepare(*args)
+    before = _start(device)
+    kept = run()  # what it returns is memory too
+    sender.send(None if before is None else _peak(device) - before)
+    del kept
+
+
+def _training(args: argparse.Namespace, attention: str, vocab: int, labels: int) -> Callable[[], None]:
     import torch
 
     from .model import build
@@ -49,10 +68,12 @@ def _child(sender: Connection, args: argparse.Namespace, attention: str, vocab: 
     # Gradients of a tiny batch load the libraries, which are not memory of the step.
     arm.loss(ids[:1, :8], targets[:1]).backward()
     arm.optimizer.zero_grad()
-    before = _start(args.device)
-    for step in range(2):
-        train_step(arm, ids, targets, step, args)
-    sender.send(None if before is None else _peak(args.device) - before)
+
+    def steps() -> None:
+        for step in range(2):
+            train_step(arm, ids, targets, step, args)
+
+    return steps
 
 
 def _start(device: str) -> int | None:

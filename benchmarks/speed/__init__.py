@@ -1,1 +1,1 @@
-"""Speed of nystrom_attention beside what a user could pick instead."""
+"""Speed and memory of nystrom_attention beside what a user could pick instead."""

@@ -1,107 +1,115 @@
-"""``python -m benchmarks.speed``: milliseconds of attention, forward and forward+backward, side by side in one run."""
+"""``python -m benchmarks.speed``"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tqdm import tqdm
 
-from nystrom_ext import build_info
+from benchmarks.finetune import UsageError
+from benchmarks.finetune.checkpoint import write_atomically
+from benchmarks.finetune.interrupts import Interrupted, Interrupts
 
-from .peers import Attention, peers
-
-
-def seconds(attention: Attention, inputs: list[torch.Tensor], backward: bool) -> float:
-    start = time.perf_counter()
-    if backward:
-        out = attention(*inputs)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-    else:
-        with torch.no_grad():
-            attention(*inputs)
-    if inputs[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(args: argparse.Namespace, n: int, backward: bool) -> dict[str, float]:
-    """Median seconds by contestant; the contestants take turns, so that a slow moment of the machine meets them all."""
-    shape = (args.batch, args.heads, n, args.head_dim)
-    dtype = getattr(torch, args.dtype)
-    inputs = [torch.randn(shape, dtype=dtype, device=args.device).requires_grad_(backward) for _ in range(3)]
-    table = peers(args.num_landmarks, args.compile)
-    if n > args.max_exact:
-        del table["exact SDPA"]
-    times: dict[str, list[float]] = {name: [] for name in table}
-    for attention in table.values():  # warm up
-        seconds(attention, inputs, backward)
-    for _ in range(args.repeats):
-        for name, attention in table.items():
-            times[name].append(seconds(attention, inputs, backward))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--num-landmarks", type=int, default=64, help="must divide the lengths, for the peers' sake")
-    parser.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--max-exact", type=int, default=8192, help="longest sequence for exact attention")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile of the composition")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    args = parser.parse_args(argv)
-    if bad := [n for n in args.lengths if n % args.num_landmarks or n <= args.num_landmarks]:
-        parser.error(f"--lengths must be larger multiples of --num-landmarks {args.num_landmarks}, got {bad}")
-    return args
+from . import bars, cases, machine, memory, report
+from .arguments import parse
+from .gate import Gate, same_bits
+from .measure import race
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    info = build_info()
-    title = (
-        f"B={args.batch} H={args.heads} d={args.head_dim} m={args.num_landmarks} {args.dtype}, {platform.machine()} "
-        f"{info['cpu_capability']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    results = []
-    console = Console()
-    for backward in (False, True):
-        name = "forward+backward" if backward else "forward"
-        table = Table(title=f"{name}, median ms (times nystrom_ext's) - {title}")
-        for column in ("n", *peers(args.num_landmarks, args.compile)):
-            table.add_column(column, justify="right")
-        for n in args.lengths:
-            times = measure(args, n, backward)
-            ours = times["nystrom_ext"]
-            cells = [
-                f"{t * 1e3:.2f} ({t / ours:.1f}x)" if k != "nystrom_ext" else f"{t * 1e3:.2f}" for k, t in times.items()
-            ]
-            table.add_row(str(n), *cells)
-            results.append({"pass": name, "n": n, "ms": {k: t * 1e3 for k, t in times.items()}})
-        console.print(table)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        partial = args.output.with_suffix(".tmp")
-        partial.write_text(
-            json.dumps({"config": config, "machine": title, "build": info, "results": results}, indent=1)
-        )
-        os.replace(partial, args.output)
-        print(f"wrote {args.output}")
-    return 0
+    """Returns the exit status: 0, 1 when --strict finds a missed bar, 2 after bad input, 128 + a signal's number."""
+    try:
+        with Interrupts().caught():
+            return run(parse(argv))
+    except UsageError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(f"\ninterrupted by signal {interrupted.number}; nothing was written", file=sys.stderr)
+        return 128 + interrupted.number
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)  # what can fail early must not fail late
+    except OSError as error:
+        reason = f"--output-dir must be writable, {args.output_dir}: {error.strerror}"
+        raise UsageError(f"{reason}; choose another") from error
+    results = measure(args)
+    written = write(args, results)  # before anything is printed, which may fail
+    report.show(results)
+    if args.check:
+        report.show_bars(results["bars"])
+    for path in written:
+        print(f"wrote {path}")
+    missed = [bar for bar in results["bars"] if bar["passed"] is False]
+    return 1 if args.strict and missed else 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command line asks for, as plain values."""
+    found = machine.facts(args.device)
+    tables = cases.tables(args)
+    memory_entries = [] if args.no_memory else memory.entries(args)
+    groups = [group for table in tables.values() for group in table]
+    gate, cells, memories = Gate(), [], []
+    total = 2 + len(cases.PASSES) * len(groups) + len(memory_entries)
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # few lines in a log
+    with tqdm(total=total, desc="peak of the machine", mininterval=interval, dynamic_ncols=True) as bar:
+        peaks = machine.peaks(args.device, args.dtype)
+        bar.update()
+        for group in groups:
+            for name, backward in cases.PASSES.items():
+                bar.set_description(f"{group[0].table} {group[0].column}, {name}", refresh=False)
+                cells += cell(group, name, backward, gate, args)
+                bar.update()
+        for entry, name in memory_entries:
+            bar.set_description(f"memory {entry.contestant} {entry.column}", refresh=False)
+            memories.append(memory.record(entry, name, gate, args))
+            bar.update()
+        bar.set_description("peak of the machine", refresh=False)
+        peaks = machine.better(peaks, machine.peaks(args.device, args.dtype))
+        bar.update()
+    results = {
+        "config": {key: value for key, value in vars(args).items() if key != "output_dir"},
+        "machine": found,
+        "peaks": peaks,
+        "errors": gate.errors,
+        "same_bits": same_bits(args.device) if "nystrom_ext" in gate.errors else None,
+        "cells": cells,
+        "memory": memories,
+    }
+    return {**results, "bars": bars.bars(results)}
+
+
+def cell(
+    group: list[cases.Entry], name: str, backward: bool, gate: Gate, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The records of one group of entries, those that are left out or refused included."""
+    why = {entry: cases.left_out(entry, args) or gate.refusal(entry.contestant, entry.case) for entry in group}
+    admitted = [entry for entry in group if not why[entry]]
+    measured = dict(zip(admitted, race(admitted, backward, args.repeats, args.seconds), strict=True))
+    return [{**entry.record(name), **measured.get(entry, {"status": why[entry]})} for entry in group]
+
+
+def write(args: argparse.Namespace, results: dict[str, Any]) -> list[Path]:
+    """The JSON document and the figure; returns their paths."""
+    from .plots import draw
+
+    stem = machine.slug(results["machine"]) + ("-full" if args.full else "")
+    document, figure = (args.output_dir / f"{stem}.{ending}" for ending in ("json", "png"))
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomically(document, lambda file: file.write(text.encode()))
+    drawing = draw(results)
+    write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=110))
+    return [document, figure]
 
 
 if __name__ == "__main__":

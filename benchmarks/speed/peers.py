@@ -1,16 +1,34 @@
-"""What a user could pick instead: exact attention, and Nyström attention composed from torch's own operators."""
+"""The contestants: nystrom_ext, Nyström attention composed from torch's operators, other packages, other methods.
+
+Each is compared as attention alone, on q, k, v that are already projected. Packages that offer only a layer run it with
+the projections replaced: a projection returns the tensor it is given, in the memory layout that the layer's own
+projection would produce, and the output projection is the identity. Convolutions are off.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nystrom_ext import nystrom_attention
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from .cases import Case
+
+
+@dataclass
+class Contestant:
+    """``run(*layout(q, k, v))`` is the result, laid out as ``merge`` lays out (B, H, n, d). Only ``run`` is timed."""
+
+    run: Callable[..., Tensor]
+    layout: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] = lambda q, k, v: (q, k, v)
+    merge: Callable[[Tensor], Tensor] = lambda out: out
+    coefficient: str = "per_head"
 
 
 def segment_means(x: Tensor, m: int) -> Tensor:
@@ -28,38 +46,173 @@ def pseudo_inverse(a: Tensor, iterations: int = 6) -> Tensor:
     return z
 
 
-def eager(m: int) -> Attention:
-    """The released implementations' way: three explicit softmax matrices."""
+def ours(case: Case) -> Contestant:
+    return Contestant(lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=case.m))
+
+
+def ours_padded(case: Case) -> Contestant:
+    """The second half of every sample is padding."""
+    ignore = (torch.arange(case.n, device=case.device) >= case.n // 2).expand(case.batch, -1)
+    return Contestant(
+        lambda q, k, v: nystrom_attention(q, k, v, ignore, query_padding_mask=ignore, num_landmarks=case.m)
+    )
+
+
+def eager(case: Case) -> Contestant:
+    """The paper's formula: three explicit softmax matrices."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q * q.shape[-1] ** -0.5
-        qt, kt = segment_means(q, m), segment_means(k, m)
+        qt, kt = segment_means(q, case.m), segment_means(k, case.m)
         p1, a, p3 = (q @ kt.mT).softmax(-1), (qt @ kt.mT).softmax(-1), (qt @ k.mT).softmax(-1)
         return (p1 @ pseudo_inverse(a)) @ (p3 @ v)
 
-    return attention
+    return Contestant(attention)
 
 
-def two_sdpa(m: int) -> Attention:
+def two_sdpa(case: Case) -> Contestant:
     """What a careful user writes today: both passes as scaled_dot_product_attention, the core as batched products."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        qt, kt = segment_means(q, m), segment_means(k, m)
+        qt, kt = segment_means(q, case.m), segment_means(k, case.m)
         u = F.scaled_dot_product_attention(qt, k, v)
         a = (q.shape[-1] ** -0.5 * qt @ kt.mT).softmax(-1)
         return F.scaled_dot_product_attention(q, kt, pseudo_inverse(a) @ u)
 
-    return attention
+    return Contestant(attention)
 
 
-def peers(m: int, compiled: bool) -> dict[str, Attention]:
-    """Every contestant by the name of its column; ours is ``nystrom_ext``."""
-    table: dict[str, Attention] = {
-        "nystrom_ext": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=m),
-        "eager": eager(m),
-        "two SDPA": two_sdpa(m),
-    }
-    if compiled:
-        table["two SDPA, compiled"] = torch.compile(two_sdpa(m))
-    table["exact SDPA"] = F.scaled_dot_product_attention
-    return table
+def two_sdpa_compiled(case: Case) -> Contestant:
+    torch._dynamo.reset()  # every shape gets code of its own: the fastest that torch.compile can do
+    return Contestant(torch.compile(two_sdpa(case).run, dynamic=False, fullgraph=True))
+
+
+def exact(case: Case) -> Contestant:
+    return Contestant(F.scaled_dot_product_attention)
+
+
+class Given(nn.Module):
+    """Stands for a projection whose result is known: the input of the layer, or ``tensor``."""
+
+    tensor: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.tensor is None else self.tensor
+
+
+def merged(x: Tensor) -> Tensor:
+    """(B, H, n, d) -> (B, n, H d), contiguous, as a linear layer leaves it."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _finish(module: nn.Module, case: Case) -> nn.Module:
+    return module.to(case.device, getattr(torch, case.dtype)).requires_grad_(False)
+
+
+def _of_layer(layer: nn.Module, names: tuple[str, str, str], case: Case, coefficient: str = "per_head") -> Contestant:
+    """A layer with three projections of these names; its learned parameters get no gradient."""
+    projections = [Given() for _ in names]
+    for name, projection in zip(names, projections, strict=True):
+        setattr(layer, name, projection)
+    layer = _finish(layer, case)
+
+    def run(*qkv: Tensor) -> Tensor:
+        for projection, tensor in zip(projections, qkv, strict=True):
+            projection.tensor = tensor
+        out = layer(qkv[0])
+        return out[0] if isinstance(out, tuple) else out
+
+    return Contestant(
+        run,
+        lambda q, k, v: (merged(q), merged(k), merged(v)),
+        merged,
+        coefficient,
+    )
+
+
+def lucidrains(case: Case) -> Contestant:
+    from nystrom_attention import NystromAttention
+
+    layer = NystromAttention(case.heads * case.d, case.d, case.heads, num_landmarks=case.m, residual=False)
+    layer.to_qkv, layer.to_out = Given(), Given()
+    return Contestant(
+        _finish(layer, case),
+        lambda q, k, v: (torch.cat([merged(q), merged(k), merged(v)], -1),),
+        merged,
+        "global",
+    )
+
+
+def huggingface(case: Case) -> Contestant:
+    from transformers import NystromformerConfig
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+    config = NystromformerConfig(
+        hidden_size=case.heads * case.d,
+        num_attention_heads=case.heads,
+        num_landmarks=case.m,
+        segment_means_seq_len=case.n,
+        attention_probs_dropout_prob=0.0,
+    )
+    layer = NystromformerSelfAttention(config)
+    layer.conv_kernel_size = None
+    return _of_layer(layer, ("query", "key", "value"), case, "global")
+
+
+def linformer(case: Case) -> Contestant:
+    """Keys and values projected to m rows."""
+    from linformer import LinformerSelfAttention
+
+    layer = LinformerSelfAttention(case.heads * case.d, case.n, k=case.m, heads=case.heads)
+    layer.to_out = Given()
+    return _of_layer(layer, ("to_q", "to_k", "to_v"), case)
+
+
+def performer(case: Case) -> Contestant:
+    """The package's default number of random features, d log d."""
+    from performer_pytorch import FastAttention
+
+    return Contestant(_finish(FastAttention(case.d), case))
+
+
+def reformer(case: Case) -> Contestant:
+    """The package's defaults, 8 hashes and buckets of 64; its queries are its keys."""
+    from reformer_pytorch import LSHAttention
+
+    attention = _finish(LSHAttention(), case)
+    return Contestant(
+        lambda qk, v: attention(qk, v)[0],
+        lambda q, k, v: (q.flatten(0, 1), v.flatten(0, 1)),
+        lambda out: out.flatten(0, 1),
+    )
+
+
+# name: kind, builder. A builder raises ImportError where its package is missing.
+BUILDERS: dict[str, tuple[str, Callable[[Case], Contestant]]] = {
+    "nystrom_ext": ("ours", ours),
+    "eager": ("composition", eager),
+    "two SDPA": ("composition", two_sdpa),
+    "two SDPA compiled": ("composition", two_sdpa_compiled),
+    "lucidrains": ("package", lucidrains),
+    "Hugging Face": ("package", huggingface),
+    "exact SDPA": ("exact", exact),
+    "Linformer": ("rival", linformer),
+    "Performer": ("rival", performer),
+    "Reformer": ("rival", reformer),
+    "nystrom_ext, padded": ("padded", ours_padded),
+}
+KINDS = {name: kind for name, (kind, _) in BUILDERS.items()}
+NAMES = tuple(name for name, kind in KINDS.items() if kind != "padded")
+NYSTROM = ("ours", "padded", "composition", "package")
+PACKAGES = {
+    "lucidrains": "nystrom-attention",
+    "Hugging Face": "transformers",
+    "Linformer": "linformer",
+    "Performer": "performer-pytorch",
+    "Reformer": "reformer-pytorch",
+}
+
+
+def build(name: str, case: Case) -> Contestant:
+    """The contestant, ready for inputs of this case."""
+    return BUILDERS[name][1](case)

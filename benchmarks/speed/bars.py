@@ -1,0 +1,134 @@
+"""The bars that the project set itself, each beside what the run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .cases import Case
+
+COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
+EXACT = {("forward", 512): 2.0, ("forward", 4096): 22.0, ("forward+backward", 4096): 20.0}
+SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "num_landmarks": 64, "dtype": "float32", "device": "cpu"}
+GRAIN = 2**20  # bytes: what a process measures of itself is no finer
+
+
+class Cells:
+    """The measured cells by table, pass, row and column."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.cells = {(c["table"], c["pass"], c["row"], c["column"]): c for c in results["cells"] if "median" in c}
+
+    def median(self, table: str, pass_name: str, row: str, column: int | str) -> float | None:
+        cell = self.cells.get((table, pass_name, row, str(column)))
+        return cell["median"] if cell else None
+
+    def ratio(self, table: str, pass_name: str, above: str, below: str, column: int | str) -> float | None:
+        """Seconds of row ``above`` / seconds of row ``below``."""
+        a, b = (self.median(table, pass_name, row, column) for row in (above, below))
+        return a / b if a and b else None
+
+    def lengths(self) -> list[int]:
+        return sorted({int(column) for table, _, _, column in self.cells if table == "length"})
+
+
+def bar(name: str, measured: float | bool | None, limit: float, at_most: bool = False) -> dict[str, Any]:
+    """``passed`` is None where the run did not measure it."""
+    passed = None if measured is None else measured <= limit if at_most else measured >= limit
+    return {"bar": name, "measured": measured, "limit": limit, "at_most": at_most, "passed": passed}
+
+
+def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """All bars that speak of the shape that was measured."""
+    if any(results["config"][name] != value for name, value in SHAPE.items()):
+        return []
+    cells = Cells(results)
+    same = results["same_bits"]
+    return [
+        *_compositions(cells),
+        *_exact(cells),
+        *_types(cells, results["machine"]["build"]["cpu_capability"]),
+        *_peak(results, cells),
+        bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
+        *_memory(results),
+        bar("n = 1,000,000 runs forward+backward", _million(cells), True),
+        *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in ("H=1", "H=8")),
+        bar("thread count and batch mates change no bit", same, True),
+        bar("half padding / none, forward", _padding(cells), 0.6, at_most=True),
+    ]
+
+
+def _compositions(cells: Cells) -> Iterator[dict[str, Any]]:
+    """Against the best of those that were measured."""
+    for pass_name in ("forward", "forward+backward"):
+        for n in cells.lengths():
+            found = {peer: cells.ratio("length", pass_name, peer, "nystrom_ext", n) for peer in COMPOSITIONS}
+            ratios = {peer: ratio for peer, ratio in found.items() if ratio}
+            best = min(ratios, key=ratios.__getitem__, default="a composition")
+            limit = 1.5 if pass_name != "forward" else 2.0 if n <= 1024 else 1.7
+            yield bar(f"{best} / ours, {pass_name}, n = {n}", ratios.get(best), limit)
+
+
+def _exact(cells: Cells) -> Iterator[dict[str, Any]]:
+    for (pass_name, n), limit in EXACT.items():
+        ratio = cells.ratio("length", pass_name, "exact SDPA", "nystrom_ext", n)
+        yield bar(f"exact SDPA / ours, {pass_name}, n = {n}", ratio, limit)
+
+
+def _types(cells: Cells, capability: str) -> Iterator[dict[str, Any]]:
+    for n in (512, 2048, 4096):
+        if capability != "avx512":  # there torch multiplies bfloat16 matrices one number at a time
+            ratio = cells.ratio("dtype", "forward", "two SDPA, bfloat16", "nystrom_ext, bfloat16", n)
+            yield bar(f"two SDPA / ours, bfloat16, forward, n = {n}", ratio, 20.0)
+        for dtype in ("bfloat16", "float16"):
+            ratio = cells.ratio("dtype", "forward", f"nystrom_ext, {dtype}", "nystrom_ext, float32", n)
+            yield bar(f"{dtype} / float32, ours, forward, n = {n}", ratio, 1.15, at_most=True)
+
+
+def _peak(results: dict[str, Any], cells: Cells) -> Iterator[dict[str, Any]]:
+    """Percent of peak of the passes: from the time that further tokens take, which leaves the core out."""
+    peak = results["peaks"]["gflops"]
+    for name, limit in (("forward", 65.0), ("backward", 55.0)):
+        rates = [rate for n in cells.lengths() if n > 4096 and (rate := slope(results, name, 4096, n))]
+        measured = 100 * max(rates) / peak if rates else None
+        yield bar(f"percent of peak in the {name} passes, n > 4096", measured, limit)
+
+
+def slope(results: dict[str, Any], name: str, low: int, high: int) -> float | None:
+    """GFLOP/s of ours in tokens ``low`` to ``high``; ``name`` is forward or backward."""
+    cells, times = Cells(results), []
+    for n in (low, high):
+        cell = cells.cells.get(("length", "forward", "nystrom_ext", str(n)))
+        both = cells.cells.get(("length", "forward+backward", "nystrom_ext", str(n)))
+        if cell is None or both is None:
+            return None
+        case, backward = Case(**cell["case"]), name == "backward"
+        flops = case.flops(True) - case.flops(False) if backward else case.flops(False)
+        times.append((flops, both["median"] - cell["median"] if backward else cell["median"]))
+    (less, short), (more, long) = times
+    return (more - less) / (long - short) / 1e9 if long > short else None
+
+
+def _growth(cells: Cells) -> float | None:
+    long, short = (cells.median("length", "forward", "nystrom_ext", n) for n in (65536, 4096))
+    return long / short if long and short else None
+
+
+def _memory(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for record in results["memory"]:
+        if record["contestant"] == "nystrom_ext" and "bytes" in record:
+            limit = Case(**record["case"]).workspace() + GRAIN
+            name = f"MiB beyond inputs and results, {record['pass']}, n = {record['column']}"
+            yield bar(name, record["bytes"] / 2**20, limit / 2**20, at_most=True)
+
+
+def _million(cells: Cells) -> bool | None:
+    return True if cells.median("million", "forward+backward", "nystrom_ext", "1,000,000") else None
+
+
+def _threads(cells: Cells, heads: str) -> float | None:
+    return cells.ratio("threads", "forward", "1 thread", "2 threads", heads)
+
+
+def _padding(cells: Cells) -> float | None:
+    return cells.ratio("mask", "forward", "nystrom_ext, half of each sample padded", "nystrom_ext", 4096)

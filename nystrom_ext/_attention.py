@@ -1,0 +1,82 @@
+"""What `NystromMultiheadAttention` computes outside the operator: exact attention, masks, the value convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_C: Any = torch._C  # for a function that is missing in the stubs
+
+# Entries of a floating-point key_padding_mask up to this mean "ignore": -inf, finfo.min, -1e9 and the customary -1e4.
+IGNORE_THRESHOLD = -1e4
+
+
+class ValueConvolution(nn.Module):
+    """Depthwise convolution of the values over the sequence, one kernel per head: y_i = sum_t w_t v_{i + t - taps//2}.
+
+    The skip connection of Nyströmformer. ``weight`` (H, taps) starts uniform in ±1/sqrt(taps), as the `nn.Conv2d` of
+    the paper's code. Values outside the sequence and at ignored keys count as zero; ignored queries get zero.
+    """
+
+    def __init__(self, num_heads: int, taps: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, taps, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, value: Tensor, ignored_keys: Tensor | None, ignored_queries: Tensor | None) -> Tensor:
+        """value (N, H, S, d), bool masks (N, S), True = ignore -> (N, H, S, d)."""
+        heads, taps = self.weight.shape
+        padded = F.pad(zero(value, ignored_keys), (0, 0, taps // 2, taps - 1 - taps // 2))
+        return zero(F.conv2d(padded, self.weight[:, None, :, None], groups=heads), ignored_queries)
+
+    def extra_repr(self) -> str:
+        return "num_heads={}, taps={}".format(*self.weight.shape)
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """``a is b``, or the same view of the same memory: FSDP2, full backward hooks and reentrant checkpointing pass each
+    argument on as a tensor of its own. (Not while compiling, where such views are not followed.)"""
+    if a is b or torch.compiler.is_compiling():
+        return a is b
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
+    return alike and _C._is_alias_of(a, b)
+
+
+def zero(x: Tensor, ignored: Tensor | None) -> Tensor:
+    """x (N, H, n, d) with zeros where ``ignored`` (N, n) is True, whatever x holds there."""
+    return x if ignored is None else x.masked_fill(ignored[:, None, :, None], 0)
+
+
+def check_key_mask(mask: Tensor | None) -> None:
+    """Refuses finite biases of single keys, which the approximation cannot honour. Does not wait for a GPU."""
+    if mask is None or mask.dtype == torch.bool:
+        return
+    torch._assert_async(
+        ((mask <= IGNORE_THRESHOLD) | (mask == 0)).all(),
+        "NystromMultiheadAttention: beyond num_landmarks tokens a floating-point key_padding_mask must hold 0 (keep) "
+        "or values <= -1e4 (ignore), found others; pass a bool mask or raise num_landmarks",
+    )
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention with the random stream of `nn.MultiheadAttention` -> (N, H, L, d), weights (N, H, L, S)."""
+    if not need_weights:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:  # zeros in rows without any key, where a plain softmax and its gradient are NaN
+        scores = scores + mask
+        empty = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights
