@@ -21,7 +21,7 @@ test-timm: build
 	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/timm timm torchvision==0.28.0
 	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_readme.py $(ARGS)
 
-bench: build
+bench: $(VENV)/rivals
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 lint: build
@@ -49,6 +49,11 @@ $(VENV)/ready:
 	else \
 	  echo "== installing $(TORCH)"; $(BIN)/python -m pip install --quiet "$(TORCH)"; \
 	fi
+	@touch $@
+
+$(VENV)/rivals: $(VENV)/built
+	@echo "== installing the other packages that the benchmark compares with"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,bench]"
 	@touch $@
 
 $(VENV)/built: $(VENV)/ready pyproject.toml setup.py nystrom_ext/_version.py csrc/python/module.cpp $(CXX_SOURCES)
