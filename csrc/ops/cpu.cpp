@@ -4,7 +4,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "backend.h"
