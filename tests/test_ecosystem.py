@@ -21,20 +21,12 @@ E, H, N, L, M = 8, 2, 4, 24, 4
 PADDING = torch.arange(L) >= torch.tensor([24, 9, 17, 3])[:, None]
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
     pytest.mark.filterwarnings("ignore:NystromMultiheadAttention. need_weights=True costs"),
 ]
 regimes = pytest.mark.parametrize("num_landmarks", [L, M], ids=["exact", "nystrom"])
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def randomise(module):

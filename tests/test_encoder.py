@@ -22,19 +22,11 @@ from nystrom_ext.modules import HOOK_KEY, NystromMultiheadAttention
 E, H, N, L, M = 8, 2, 3, 24, 4
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh"),
     pytest.mark.usefixtures("process_group"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ POSITIVE = (
 FREE = ("data_dir", "output_dir", "resume", "checkpoint_every", "eval_batch_size", "write_synthetic")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the program."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists the options")
 
@@ -43,7 +45,7 @@ def config(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _build() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.finetune",
         description="Train and evaluate a text classifier with softmax and with Nyström attention, side by side.",
         formatter_class=_Formatter,

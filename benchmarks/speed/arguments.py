@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from benchmarks.finetune import UsageError
+from benchmarks.finetune.arguments import Parser
 
 from .cases import TABLES
 from .peers import NAMES
@@ -16,11 +16,6 @@ from .peers import NAMES
 POSITIVE = ("batch", "heads", "head_dim", "num_landmarks", "threads", "repeats", "seconds", "max_exact", "max_rivals")
 QUICK = [512, 1024, 2048, 4096, 8192]
 FULL = [*QUICK, 16384, 32768, 65536]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists the options")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _build() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.speed",
         description="Measure nystrom_attention beside what a user could pick instead. Minutes; --full: much longer.",
         formatter_class=_Formatter,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks.finetune import UsageError
+from benchmarks.finetune.arguments import Parser
 from benchmarks.finetune.checkpoint import write_atomically
 
 from .cases import PASSES
@@ -18,14 +18,9 @@ BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 README = Path(__file__).parents[2] / "README.md"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists the options")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after bad input."""
-    parser = _Parser(prog="python -m benchmarks.speed.readme", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m benchmarks.speed.readme", description=__doc__, allow_abbrev=False)
     parser.add_argument("results", type=Path, help="a JSON document of python -m benchmarks.speed")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers")
     try:

@@ -22,7 +22,7 @@ struct Iterate {
 template <class A>
 struct CoreScratch {
   A *kt, *a, *t1, *column, *z, *x;
-  int64_t size, kept;  // elements of a matrix; iterates in memory
+  int64_t size, kept, stride;  // elements of a matrix; Z_k in memory; elements from one X, T2, T3 to the next
   CoreScratch() = default;
 
   // Keeps every iterate for the reverse pass, or only the last two.
@@ -30,6 +30,7 @@ struct CoreScratch {
     const int64_t m = core_size(p), ld = padded(m);
     size = m * ld;
     kept = keep_all ? p.iterations + 1 : 2;
+    stride = keep_all ? 3 * size : 0;
     kt = arena.take<A>(p.head_dim * ld);
     a = arena.take<A>(size);
     t1 = arena.take<A>(size);
@@ -39,7 +40,7 @@ struct CoreScratch {
   }
 
   Iterate<A> iterate(int64_t k) const {
-    A* steps = x + (kept > 2 ? k : 0) * 3 * size;
+    A* steps = x + k * stride;
     return {z + k % kept * size, steps, steps + size, steps + 2 * size};
   }
 };
