@@ -46,13 +46,13 @@ struct Problem {
   Operand conv_weight;                 // (H, T): strides head and token
   Tokens queries, keys;
 
-  int64_t problems() const { return batch * heads; }  // N: one softmax problem per (sample, head)
-  int64_t group() const { return heads / kv_heads; }  // query heads per key head
-  int64_t segments() const {                          // landmarks on the longer side
+  constexpr int64_t problems() const { return batch * heads; }  // N: one softmax problem per (sample, head)
+  constexpr int64_t group() const { return heads / kv_heads; }  // query heads per key head
+  constexpr int64_t segments() const {                          // landmarks on the longer side
     return queries.landmarks > keys.landmarks ? queries.landmarks : keys.landmarks;
   }
-  int64_t head_width() const { return padded(head_dim); }    // row length of Qt, Kt
-  int64_t value_width() const { return padded(value_dim); }  // row length of U, W
+  constexpr int64_t head_width() const { return padded(head_dim); }    // row length of Qt, Kt
+  constexpr int64_t value_width() const { return padded(value_dim); }  // row length of U, W
 };
 
 // Buffers hold the accumulation type: double for float64, float otherwise. Saved for backward: all but out.

@@ -1,10 +1,16 @@
-"""Tests run on one thread: tensors this small only lose by threads, and the cores are shared with other workers."""
+"""Tests run on one thread: tensors this small only lose by threads, and the cores are shared with other workers.
 
+With NYSTROM_SIMT=<library of tests/simt/kernels.py> the operator's CPU tensors run through the CUDA kernels' source.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed
+
+EMULATED = os.environ.get("NYSTROM_SIMT")
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +36,18 @@ def process_group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session", autouse=EMULATED is not None)
+def cuda_kernels_in_the_emulator() -> Iterator[None]:
+    """Allocated memory is filled with NaN, so that a kernel that reads what none wrote shows it."""
+    import nystrom_ext  # noqa: F401
+
+    torch.ops.load_library(EMULATED)
+    torch.ops.nystrom_simt.options(int(os.environ.get("NYSTROM_SIMT_SEED", "0")), 232448)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    launches, _, _, ldmatrix, conflicts, _ = torch.ops.nystrom_simt.stats()
+    assert launches > 0
+    assert conflicts == 0, f"{conflicts} bank conflicts in {ldmatrix} ldmatrix"

@@ -57,6 +57,35 @@ def test_input_regimes(regime: str, dtype: torch.dtype) -> None:
     check(Problem(B=1, H=1, L=1024, m=64, d=64), dtype, REGIMES[regime])
 
 
+# Around the borders of the CUDA kernels' tiles: 64 rows, 16 to 64 columns, 256 and 1024 tokens, head dims 32 to 256.
+TILES = {
+    "one tile": Problem(B=1, H=1, L=64, m=16, d=64),
+    "a row over a tile": Problem(B=1, H=2, L=65, m=17, d=64, mask="holes"),
+    "a row over a chunk": Problem(B=1, H=1, L=257, m=64, d=64, taps=33),
+    "a row over a long chunk": Problem(B=1, H=1, L=1025, m=32, d=32),
+    "m over a tile": Problem(B=1, H=1, L=150, m=65, d=64),
+    "m of three tiles": Problem(B=1, H=1, L=300, m=130, d=32, mask="holes"),
+    "d = 16, e = 40": Problem(B=1, H=2, L=130, m=24, d=16, e=40, taps=5),
+    "d = 72": Problem(B=1, H=1, L=130, m=40, d=72, taps=33, mask="holes"),
+    "d = 128": Problem(B=1, H=1, L=130, m=40, d=128, taps=33),
+    "d = 128, grouped": Problem(B=1, H=4, L=100, m=16, d=128, kv_heads=2, mask="tail"),
+    "d = 136, e = 32": Problem(B=1, H=1, L=100, S=130, m=16, d=136, e=32),
+    "d = 32, e = 256": Problem(B=1, H=1, L=100, m=16, d=32, e=256, taps=9),
+    "d = 256": Problem(B=1, H=1, L=100, m=40, d=256, taps=33, mask="holes"),
+    "d = 264": Problem(B=1, H=1, L=70, m=8, d=264),
+    "d = 256, dropout": Problem(B=1, H=1, L=70, m=40, d=256, options={"dropout_p": 0.3}),
+    "d = 128, few queries, dropout": Problem(B=1, H=1, L=40, S=200, m=64, d=128, options={"dropout_p": 0.3}),
+    "d = 64, few keys, convolution": Problem(B=2, H=1, L=70, m=64, d=64, taps=33, mask="holes"),
+    "many taps": Problem(B=1, H=2, L=140, m=16, d=64, taps=99, mask="holes"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TILES)
+def test_borders_of_tiles(name: str, dtype: torch.dtype) -> None:
+    check(TILES[name], dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_16_bit_is_never_worse_than_the_eager_composition(regime: str, dtype: torch.dtype) -> None:
@@ -96,7 +125,7 @@ def test_random_problems(B, kv_heads, group, L, S, self_attention, d, e, m, taps
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values in memory layouts that users have."""
     B, H, n, d = x.shape
-    wide = torch.full((B, H, n + 3, 2 * d), torch.nan, dtype=x.dtype)
+    wide = x.new_full((B, H, n + 3, 2 * d), torch.nan)
     wide[:, :, 3:, ::2] = x
     return {
         "heads inside": x.transpose(1, 2).contiguous().transpose(1, 2),

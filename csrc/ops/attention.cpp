@@ -1,12 +1,13 @@
-// Nyström attention as a sequence of stages, forward and backward, for every backend (mathematics.md, sections 2 and
-// 3).
+// The operators below autograd: allocate, and let the device's backend run its schedule of the stages.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -32,9 +33,22 @@ at::TensorOptions accumulation(const at::Tensor& x) {
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+std::array<const Backend*, size_t(at::COMPILE_TIME_MAX_DEVICE_TYPES)>& backends() {
+  static std::array<const Backend*, size_t(at::COMPILE_TIME_MAX_DEVICE_TYPES)> table{};
+  return table;
+}
+
 const Backend& backend_of(const at::Tensor& x) {
-  TORCH_CHECK(x.is_cpu(), "nystrom_attention: this build has no kernels for ", x.device());
-  return cpu_backend();
+  const Backend* backend = backends()[size_t(x.device().type())];
+  TORCH_CHECK(backend, "nystrom_attention: this build has no kernels for ", x.device(),
+              "; reinstall it beside a CUDA build of torch with nvcc on the PATH");
+  return *backend;
+}
+
+at::Tensor arranged(const Backend& backend, const at::Tensor& x) { return backend.arrange ? backend.arrange(x) : x; }
+
+void arrange(const Backend& backend, Arguments& a) {
+  for (at::Tensor* x : {&a.query, &a.key, &a.value}) *x = arranged(backend, *x);
 }
 
 void set(Forward& f, const at::Tensor& out, const Saved& saved) {
@@ -55,8 +69,9 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
       pinv_iterations, scale, dropout_p, global_coefficient};
   check(a);
   const Backend& backend = backend_of(query);
+  const c10::DeviceGuard guard(query.device());
+  arrange(backend, a);
   Forward f{describe(a)};
-  const at::Tensor plan = backend.plan(f);
 
   const bool uneven =
       key_padding_mask || query_padding_mask || std::min(f.queries.length, f.keys.length) <= f.landmarks;
@@ -69,11 +84,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
       allocate({f.batch, f.heads, f.queries.landmarks}, options, uneven), buffer(f.keys, f.value_width())};
   const at::Tensor out = allocate_like_heads(query, f.value_dim, query_padding_mask.has_value());
   set(f, out, saved);
-
-  backend.landmarks(f);
-  backend.key_pass(f);
-  backend.core(f);
-  backend.query_pass(f);
+  backend.forward(f);
   return {out, saved.qt, saved.kt, saved.u, saved.lse, saved.w};
 }
 
@@ -89,9 +100,11 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   const Saved saved{qt, kt, u, lse, w};
   check_backward(grad, a, saved);
   const Backend& backend = backend_of(query);
+  const c10::DeviceGuard guard(query.device());
+  arrange(backend, a);
   Backward g{Forward{describe(a)}};
-  const at::Tensor plan = backend.plan(g);
-  set(g, grad, saved);
+  const at::Tensor dout = arranged(backend, grad);
+  set(g, dout, saved);
 
   const at::Tensor dquery = allocate_like_heads(query, g.head_dim, query_padding_mask.has_value());
   const at::Tensor dkey = allocate_like_heads(key, g.head_dim, key_padding_mask.has_value());
@@ -109,11 +122,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   g.du = du.data_ptr();
   g.dw = dw.data_ptr();
   g.delta = delta.data_ptr();
-
-  backend.query_pass_backward(g);
-  backend.core_backward(g);
-  backend.key_pass_backward(g);
-  backend.landmarks_backward(g);
+  backend.backward(g);
   return {dquery, dkey, dvalue, dconv.to(query.scalar_type())};
 }
 
@@ -133,6 +142,8 @@ auto find(const char* name) {
 }
 
 }  // namespace
+
+void register_backend(at::DeviceType device, const Backend& backend) { backends()[size_t(device)] = &backend; }
 
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
@@ -174,9 +185,11 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
 
 TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) { m.impl("attention", TORCH_FN(attention_without_grad)); }
 
-TORCH_LIBRARY_IMPL(nystrom_ext, CPU, m) {
+void implement(torch::Library& m) {
   m.impl("_attention_forward", TORCH_FN(forward));
   m.impl("_attention_backward", TORCH_FN(backward));
 }
+TORCH_LIBRARY_IMPL(nystrom_ext, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(nystrom_ext, CUDA, m) { implement(m); }
 
 }  // namespace nystrom_ext

@@ -133,14 +133,26 @@ void landmarks_backward(const Backward& g) {
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).landmarks_backward(g, a, b); });
 }
 
-}  // namespace
-
-const Backend& cpu_backend() {
-  static const Backend backend{plan,          landmarks,         key_pass,
-                               core,          query_pass,        query_pass_backward,
-                               core_backward, key_pass_backward, landmarks_backward};
-  return backend;
+void forward(Forward& f) {
+  const at::Tensor tokens = plan(f);
+  landmarks(f);
+  key_pass(f);
+  core(f);
+  query_pass(f);
 }
+
+void backward(Backward& g) {
+  const at::Tensor tokens = plan(g);
+  query_pass_backward(g);
+  core_backward(g);
+  key_pass_backward(g);
+  landmarks_backward(g);
+}
+
+const Backend cpu_backend{nullptr, forward, backward};
+const bool registered = (register_backend(at::kCPU, cpu_backend), true);
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(nystrom_ext, CompositeImplicitAutograd, m) {
   m.impl("_cpu_capability", [] { return std::string(cpu::capability()); });

@@ -1,0 +1,235 @@
+// Stage `key_pass`, backward (mathematics.md, section 3), two sweeps in one launch: blocks by keys give dK and dV,
+// which are final, and dconv; blocks by landmarks give dQt = s dS3 K over one chunk of keys.
+#pragma once
+
+#include "convolution.cuh"
+#include "key_pass.cuh"
+
+namespace nystrom_ext::cuda {
+
+struct KeyPassBackwardParameters : Backward {
+  int column_slots;
+  int64_t key_blocks;  // blocks 0 .. key_blocks - 1 sweep by keys, the others by landmarks
+  void* dqt_part;      // (N, chunks of keys, queries.landmarks, head_width)
+  void* dconv_part;    // (N, row chunks of keys, output tiles, taps)
+};
+
+template <class E>
+struct KeySweep {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Keys = TokenStream<E, E::kRows, 2>;
+
+  static __host__ __device__ int shared(const Problem& p) { return E::scratch(p.taps > 0) + Keys::kBytes; }
+  static __host__ __device__ int tap_bytes(const Problem& p) {  // after the column tiles
+    return int(p.group() * tap_rows(E{}) * p.taps * int64_t(sizeof(A)));
+  }
+
+  const KeyPassBackwardParameters& g;
+  const Keys& keys;
+  char* scratch;
+  int out0;
+
+  // One query head's share of a row tile of dK and dV through P3.
+  __device__ void add(const Head& s, ColumnTiles<E>& columns, int first, typename E::Output& dk,
+                      typename E::Output& dv) const {
+    const Dropout dropout{g, s.n};
+    const A* lse = slice<A>(g.lse, s.n, g.queries.landmarks);
+    const A* delta = slice<A>(g.delta, s.n, g.queries.landmarks);
+    const A scale = A(g.scale * kLog2e);
+    for (int c = 0; c < columns.tiles(); ++c) {
+      columns.load(c);
+      typename E::Scores p = E::scores(keys.tile(0, first), columns.first(c), scratch);
+      typename E::Scores ds = E::scores(keys.tile(1, first), columns.second(c), scratch);
+      const bool drops = KeyPass<E>::drops(dropout, s);
+      uint32_t kept = 0;
+      if (drops) {
+        kept = dropout.kept<E>([&](int i, int j, int& row, int& column) {
+          return KeyPass<E>::entry(s, c * E::kCols + E::column(j), first + E::row(i), row, column);
+        });
+        dropout.apply<E>(kept, ds);
+      }
+#pragma unroll
+      for (int j = 0; j < E::Scores::kColumns; ++j) {
+        const int landmark = c * E::kCols + E::column(j);
+        const bool valid = landmark < s.queries.rows;
+        const A top = valid ? lse[landmark] * A(kLog2e) : A(kInfinity), mean = valid ? delta[landmark] : A(0);
+#pragma unroll
+        for (int i = 0; i < E::kRowsPerThread; ++i) {
+          p.at(i, j) = E::exp2(p.at(i, j) * scale - top);
+          ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
+        }
+      }
+      if (drops) dropout.apply<E>(kept, p);
+      E::template accumulate<2>(dv, p, columns.second(c), out0, scratch);
+      E::accumulate(dk, ds, columns.first(c), out0, scratch);
+    }
+  }
+
+  // What reaches keys and values through the key landmarks: dKt_j / |segment j|, or all of dKt and dW where every key
+  // is its own.
+  __device__ void add_landmarks(const Head& s, int first, typename E::Output& dk, typename E::Output& dv) const {
+    const int rows = int(g.keys.landmarks), d = int(g.head_width()), e = int(g.value_width());
+    const A *dkt = slice<A>(g.dkt, s.n, rows, d), *dw = slice<A>(g.dw, s.n, rows, e);
+#pragma unroll
+    for (int i = 0; i < E::kRowsPerThread; ++i) {
+      const int rank = first + E::row(i);
+      if (rank >= keys.end) continue;
+      const bool own = s.regime == Regime::exact_keys;
+      const int segment = own ? int(rank) : s.keys.segment(rank);
+      const A share = own ? A(1) : A(1) / A(s.keys.size(segment));
+#pragma unroll
+      for (int j = 0; j < E::Output::kColumns; ++j) {
+        const int column = out0 + E::column(j);
+        if (column < d) dk.at(i, j) += share * dkt[segment * d + column];
+        if (own && column < e) dv.at(i, j) += dw[segment * e + column];
+      }
+    }
+  }
+};
+
+template <class E>
+__device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Sweep = KeySweep<E>;
+  const int n_chunks = int(row_chunks(g.keys)), chunk = int(blockIdx.x) % n_chunks, part = int(blockIdx.x) / n_chunks;
+  const int group = int(g.group()), kv_heads = int(g.kv_heads);
+  const Head shared(g, part / kv_heads * g.heads + part % kv_heads * group);
+  const int begin = chunk * kRowChunk, end = min(begin + kRowChunk, shared.keys.count);
+  if (begin >= end) return;
+
+  char* scratch = dynamic_shared_memory();
+  const typename Sweep::Keys keys{
+      {key_rows<const T>(g.key, shared, g.head_dim), key_rows<const T>(g.value, shared, g.value_dim)},
+      begin,
+      end,
+      scratch + E::scratch(g.taps > 0)};
+  const Sweep sweep{g, keys, scratch, int(blockIdx.y) * E::kOut};
+  char* tiles = scratch + Sweep::shared(g);
+  const int own_taps = tap_rows(E{}) * int(g.taps);
+  A* taps = reinterpret_cast<A*>(tiles + 2 * g.column_slots * ColumnTiles<E>::kTile);
+  for (int i = threadIdx.x; i < group * own_taps; i += E::kThreads) taps[i] = 0;
+
+  const int rows = int(g.queries.landmarks), d = int(g.head_width()), e = int(g.value_width());
+  int loaded = 0;
+  keys.start();
+  for (int first = begin; first < end; first += E::kRows) {
+    const int count = min(end - first, E::kRows);
+    keys.next(first);
+    typename E::Output dk, dv;
+    for (int h = 0; h < group; ++h) {
+      const Head s(g, shared.n + h);
+      if (s.regime != Regime::nystrom && s.regime != Regime::exact_queries) continue;
+      ColumnTiles<E> columns{{slice<A>(g.qt, s.n, rows, d), int(d), s.queries.rows},
+                             {slice<A>(g.du, s.n, rows, e), int(e), s.queries.rows},
+                             tiles,
+                             g.column_slots,
+                             group == 1 ? loaded : 0};
+      sweep.add(s, columns, first, dk, dv);
+      loaded = columns.loaded;
+    }
+    for_each(dk, E::kRowsPerThread, [&](int, int, A& x) { x *= A(g.scale); });
+    for (int h = 0; h < group; ++h) {
+      const Head s(g, shared.n + h);
+      if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) sweep.add_landmarks(s, first, dk, dv);
+    }
+    E::store(dk, key_rows<T>(g.dkey, shared, g.head_dim), first, count, sweep.out0);
+    for (int h = 0; h < group && g.taps; ++h) {
+      convolve_backward(E{}, dv, keys.tile(1, first), gradient_convolution<T>(g, shared, shared.h + h), shared.keys,
+                        first, count, sweep.out0, taps + h * own_taps, scratch);
+    }
+    E::store(dv, key_rows<T>(g.dvalue, shared, g.value_dim), first, count, sweep.out0);
+    __syncthreads();  // the tile may be refilled; the taps are complete
+  }
+
+  for (int i = threadIdx.x; i < group * int(g.taps); i += E::kThreads) {
+    const int h = i / int(g.taps), t = i % int(g.taps);
+    A sum = 0;
+    for (int r = 0; r < tap_rows(E{}); ++r) sum += taps[h * own_taps + r * g.taps + t];
+    const int64_t slot = (int64_t(shared.n + h) * n_chunks + chunk) * gridDim.y + blockIdx.y;
+    static_cast<A*>(g.dconv_part)[slot * g.taps + t] = sum;
+  }
+}
+
+// Shared memory of a block by landmarks.
+template <class E>
+constexpr int kByLandmarksShared = KeyPass<E>::kShared + KeyPass<E>::kRowTile;
+
+template <class E>
+__device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& g, int64_t block) {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Pass = KeyPass<E>;
+  const int n_chunks = int(chunks(g.keys)), rows = int(g.queries.landmarks);
+  const int d = int(g.head_width()), e = int(g.value_width());
+  const int row_tiles = int(divide_up(rows, E::kRows)), out0 = int(blockIdx.y) * E::kOut;
+  const Head s(g, block / row_tiles / n_chunks);
+  const int chunk = int(block / row_tiles % n_chunks);
+  const int row0 = int(block % row_tiles) * E::kRows;
+  char *scratch = dynamic_shared_memory(), *tiles = scratch + E::scratch(false);
+  const typename Pass::Keys keys{{key_rows<const T>(g.key, s, g.head_dim), key_rows<const T>(g.value, s, g.value_dim)},
+                                 chunk * kChunk,
+                                 min(chunk * kChunk + kChunk, s.keys.count),
+                                 tiles + 2 * Pass::kRowTile};
+  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_keys;
+  if (idle || row0 >= s.queries.rows || keys.begin >= keys.end) return;
+
+  const A *qt = slice<A>(g.qt, s.n, rows, d), *du = slice<A>(g.du, s.n, rows, e);
+  E::template load<E::kRows>(tiles, qt, int(d), row0, s.queries.rows);
+  E::template load<E::kRows>(tiles + Pass::kRowTile, du, int(e), row0, s.queries.rows);
+  const auto a = E::template landmarks<E::kRows>(tiles, qt, int(d), row0, s.queries.rows);
+  const auto b = E::template landmarks<E::kRows>(tiles + Pass::kRowTile, du, int(e), row0, s.queries.rows);
+
+  const Dropout dropout{g, s.n};
+  A lse[E::kRowsPerThread], delta[E::kRowsPerThread], excess[E::kRowsPerThread] = {};
+#pragma unroll
+  for (int i = 0; i < E::kRowsPerThread; ++i) {
+    const int row = row0 + E::row(i);
+    const bool valid = row < s.queries.rows;
+    lse[i] = valid ? slice<A>(g.lse, s.n, rows)[row] * A(kLog2e) : A(kInfinity);
+    delta[i] = valid ? slice<A>(g.delta, s.n, rows)[row] : A(0);
+  }
+  typename E::Output dqt;
+  keys.start();
+  for (int first = keys.begin; first < keys.end; first += E::kCols) {
+    keys.next(first);
+    typename E::Scores p = Pass::logits(g, a, keys, first, scratch);
+    typename E::Scores ds = E::scores(b, keys.tile(1, first), scratch);
+    Pass::drop(dropout, s, row0, first, ds);
+    for_each(ds, E::kRowsPerThread, [&](int i, int j, A& x) {
+      x = E::exp2(p.at(i, j) - lse[i]) * (x - delta[i]);
+      excess[i] += E::rounded(x);
+    });
+    E::accumulate(dqt, ds, keys.tile(0, first), out0, scratch);
+    Pass::Keys::done();
+  }
+
+  // Rows of dS3 sum to zero over all keys; what rounding leaves of that is taken from the landmark of the same number
+  // (mathematics.md, section 4).
+  const A* kt = slice<A>(g.kt, s.n, g.keys.landmarks, d);
+  A* to = static_cast<A*>(g.dqt_part) + (int64_t(s.n) * n_chunks + chunk) * rows * d;
+#pragma unroll
+  for (int i = 0; i < E::kRowsPerThread; ++i) {
+    const int row = row0 + E::row(i);
+    const A sum = E::row_sum(excess[i]);
+    if (row >= s.queries.rows) continue;
+#pragma unroll
+    for (int j = 0; j < E::Output::kColumns; ++j) {
+      const int column = out0 + E::column(j);
+      if (column < d) to[row * d + column] = A(g.scale) * (dqt.at(i, j) - sum * kt[row * d + column]);
+    }
+  }
+}
+
+template <class K, class L>
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
+    key_pass_backward(const __grid_constant__ KeyPassBackwardParameters g) {
+  if (blockIdx.x < g.key_blocks) {
+    key_pass_backward_by_keys<K>(g);
+  } else {
+    key_pass_backward_by_landmarks<L>(g, blockIdx.x - g.key_blocks);
+  }
+}
+
+}  // namespace nystrom_ext::cuda

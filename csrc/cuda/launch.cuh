@@ -1,0 +1,190 @@
+// Forward in four launches and backward in five; one more each with a padding mask, for the plan of valid tokens, and
+// one more for the option "global". No atomics, no synchronisation with the host: a CUDA graph can hold them all.
+#pragma once
+
+#include "core_backward.cuh"
+#include "key_pass_backward.cuh"
+#include "landmarks.cuh"
+#include "launch.h"
+#include "query_pass_backward.cuh"
+
+namespace nystrom_ext::cuda {
+
+constexpr int kCoreThreads = 256;
+
+template <class E>
+class Launcher {
+  using N = typename E::Narrow;
+  using K = typename E::Narrowest;
+  using T = typename E::T;
+  using A = typename E::Acc;
+
+ public:
+  static bool fits(const Problem& p, int shared_memory) {
+    const int wide = 2 * ColumnTiles<E>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
+    const int needed[] = {KeyPass<E>::kShared,
+                          QueryPass<E>::shared(p) + wide,
+                          QueryPassBackward<E>::kShared + wide,
+                          LandmarkSweep<N>::kShared,
+                          KeySweep<K>::shared(p) + narrow + KeySweep<K>::tap_bytes(p),
+                          kByLandmarksShared<N>};
+    for (const int bytes : needed) {
+      if (bytes > shared_memory) return false;
+    }
+    return true;
+  }
+
+  static void forward(Forward f, const Device& device) {
+    const Launcher launcher(device);
+    launcher.plan(f);
+    launcher.landmarks(f);
+    launcher.key_pass(f);
+    launcher.query_pass(f);
+  }
+
+  static void backward(Backward g, const Device& device) {
+    const Launcher launcher(device);
+    launcher.plan(g);
+    launcher.query_pass_backward(g);
+    launcher.key_pass_backward(g);
+  }
+
+ private:
+  const Device& device_;
+  explicit Launcher(const Device& device) : device_(device) {}
+
+  template <class P>
+  void run(void (*kernel)(P), int64_t blocks, int64_t tiles, int threads, int64_t shared, const P& parameters) const {
+    launch(kernel, dim3(unsigned(blocks), unsigned(tiles)), threads, size_t(shared), device_.stream, parameters);
+    device_.launched();
+  }
+  template <class X>
+  X* allocate(int64_t elements) const {
+    return static_cast<X*>(device_.allocate(elements * int64_t(sizeof(X))));
+  }
+
+  static int64_t output_tiles(int64_t columns) { return divide_up(columns, E::kOut); }
+  static int64_t output_tiles(const Problem& p) {  // of the sweeps with two outputs
+    return divide_up(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, N::kOut);
+  }
+  static int64_t row_tiles(const Tokens& t) { return divide_up(t.landmarks, E::kRows); }
+
+  // Column tiles that stay in shared memory: all, if there is room beside `other` bytes.
+  template <class Engine>
+  int column_slots(int64_t rows, int other) const {
+    if (!Engine::kLandmarkTile) return 1;
+    const int64_t bytes = column_bytes<Engine>(1), room = device_.shared_memory - other;
+    const int64_t slots = (room < kColumnMemory ? room : kColumnMemory) / bytes, tiles = divide_up(rows, Engine::kCols);
+    return int(tiles <= slots ? tiles : 1);
+  }
+  template <class Engine>
+  static int64_t column_bytes(int slots) {
+    return int64_t(slots) * 2 * ColumnTiles<Engine>::kTile;
+  }
+
+  void plan_side(Tokens& t, const Problem& p, int64_t*& memory) const {
+    if (!t.ignored) return;
+    memory = allocate<int64_t>(p.batch * (t.landmarks + 2 + t.length));
+    t.count = memory;
+    t.offsets = memory + p.batch;
+    t.index = memory + p.batch * (t.landmarks + 2);
+  }
+  void plan(Problem& p) const {
+    PlanParameters parameters{p, nullptr, nullptr};
+    plan_side(p.queries, p, parameters.query_plan);
+    plan_side(p.keys, p, parameters.key_plan);
+    if (!p.queries.ignored && !p.keys.ignored) return;
+    run(cuda::plan, p.batch, 2, kPlanThreads, kPlanThreads / 32 * sizeof(int), parameters);
+  }
+
+  void landmarks(const Forward& f) const {
+    constexpr int kVector = E::kLandmarkTile ? 16 / int(sizeof(T)) : 1;  // the tensor engine's tokens are aligned
+    run(cuda::landmarks<T, kVector>, f.problems() * f.segments(), 2, kMeanThreads, kMeanThreads * kVector * sizeof(A),
+        f);
+  }
+
+  // Room for Z (`kept` of them) and `count` other matrices, as many in `shared` bytes of each block as there fit.
+  CoreMemory core_memory(const Problem& p, int kept, int count, int64_t shared) const {
+    CoreMemory memory{};
+    memory.kept = kept;
+    memory.count = memory.fit = count;
+    while (memory.fit > 0 && Core<A>::shared_bytes(p, memory.fit) > shared) --memory.fit;
+    memory.z = allocate<A>(p.problems() * kept * matrix_size(p));
+    memory.matrices = allocate<A>(p.problems() * (count - memory.fit) * matrix_size(p));
+    return memory;
+  }
+
+  // Option "global": the coefficients of all heads before any of them is used.
+  void coefficients(const Forward& f, CoreMemory& memory) const {
+    if (!f.global_coefficient) return;
+    memory.coefficients = allocate<A>(f.problems());
+    run(cuda::coefficients<A>, f.problems(), 1, kCoreThreads, Core<A>::shared_bytes(f, memory.fit),
+        KeyPassParameters{f, memory, nullptr, nullptr, nullptr});
+  }
+
+  void key_pass(const Forward& f) const {
+    const int64_t partials = f.problems() * chunks(f.keys) * f.queries.landmarks;
+    const int64_t blocks = f.problems() * (1 + chunks(f.keys) * row_tiles(f.queries));
+    KeyPassParameters p{f, core_memory(f, 1, 5, kCoreMemory), allocate<A>(partials * f.value_width()),
+                        allocate<A>(partials), allocate<A>(partials)};
+    coefficients(f, p.core);
+    const int64_t core = Core<A>::shared_bytes(f, p.core.fit), pass = KeyPass<E>::kShared;
+    run(key_pass_and_core<E>, blocks, output_tiles(f.value_dim), E::kThreads, core > pass ? core : pass, p);
+    run(finish_core<T>, f.problems(), 1, kCoreThreads, core, p);
+  }
+
+  void query_pass(const Forward& f) const {
+    const int own = QueryPass<E>::shared(f), slots = column_slots<E>(f.keys.landmarks, own);
+    run(cuda::query_pass<E>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
+        own + column_bytes<E>(slots), QueryPassParameters{f, slots});
+  }
+
+  void query_pass_backward(const Backward& g) const {
+    const int own = QueryPassBackward<E>::kShared, slots = column_slots<E>(g.keys.landmarks, own);
+    const int64_t partials = g.problems() * chunks(g.queries) * g.keys.landmarks;
+    const QueryPassBackwardParameters p{g,
+                                        slots,
+                                        allocate<A>(g.problems() * g.queries.length),
+                                        allocate<A>(g.problems() * g.queries.length),
+                                        allocate<A>(partials * g.value_width()),
+                                        allocate<A>(partials * g.head_width())};
+    run(query_pass_backward_by_queries<E>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim), E::kThreads,
+        own + column_bytes<E>(slots), p);
+    run(query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.keys), output_tiles(g),
+        E::kThreads, LandmarkSweep<N>::kShared, p);
+    core_backward(p);
+  }
+
+  void core_backward(const QueryPassBackwardParameters& sums) const {
+    const Backward& g = sums;
+    const int count = CoreReverse<A>::kMatrices;
+    CoreBackwardParameters p{g, core_memory(g, int(g.iterations) + 1, count, device_.shared_memory), sums.dw_part,
+                             sums.dkt_part, nullptr};
+    coefficients(g, p.core);
+    if (g.global_coefficient) p.dc = allocate<A>(g.problems());
+    const int64_t shared = Core<A>::shared_bytes(g, p.core.fit);
+    run(cuda::core_backward<T>, g.problems(), 1, kCoreThreads, shared, p);
+    if (g.global_coefficient) run(coefficient_backward<A>, g.problems() > 0, 1, kCoreThreads, shared, p);
+  }
+
+  void key_pass_backward(const Backward& g) const {
+    const int own = KeySweep<K>::shared(g) + KeySweep<K>::tap_bytes(g);
+    const int slots = column_slots<K>(g.queries.landmarks, own);
+    const int64_t key_blocks = g.batch * g.kv_heads * row_chunks(g.keys), tiles = output_tiles(g);
+    const KeyPassBackwardParameters p{g, slots, key_blocks,
+                                      allocate<A>(g.problems() * chunks(g.keys) * g.queries.landmarks * g.head_width()),
+                                      allocate<A>(g.problems() * row_chunks(g.keys) * tiles * g.taps)};
+    const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
+    run(cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries), tiles,
+        E::kThreads, by_keys > by_landmarks ? by_keys : by_landmarks, p);
+    run(landmarks_backward<T>, g.problems() * g.queries.landmarks + (g.taps ? g.heads : 0), 1, kMeanThreads,
+        g.head_width() * sizeof(A), LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
+  }
+};
+
+template <class E>
+constexpr Schedule make_schedule() {
+  return {Launcher<E>::fits, Launcher<E>::forward, Launcher<E>::backward};
+}
+
+}  // namespace nystrom_ext::cuda

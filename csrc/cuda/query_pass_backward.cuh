@@ -1,0 +1,231 @@
+// Stage `query_pass`, backward (mathematics.md, section 3), in two sweeps of the queries.
+//
+// By queries: dQ = s dS1 Kt, the direct share, and each query's LSE1 and delta1 = rowsum(P1 * dP1).
+// By landmarks, with those: dW = (D * P1)^T dO and dKt = s dS1^T Q over one chunk of queries. D: dropout.
+#pragma once
+
+#include "query_pass.cuh"
+
+namespace nystrom_ext::cuda {
+
+struct QueryPassBackwardParameters : Backward {
+  int column_slots;
+  void *lse1, *delta1;       // (N, L): in units of log2; rowsum(P1 * dP1)
+  void *dw_part, *dkt_part;  // (N, chunks of queries, keys.landmarks, value_width or head_width)
+};
+
+template <class E>
+struct QueryPassBackward {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Pass = QueryPass<E>;
+  using Queries = TokenStream<E, E::kRows, 2>;
+  static constexpr int kShared = E::scratch(false) + Queries::kBytes;  // and the column tiles
+
+  const QueryPassBackwardParameters& g;
+  const Head& s;
+  const Queries& queries;
+  const Dropout dropout;
+  char* scratch;
+
+  // Logits and D * dP1 = D * (dO W^T).
+  __device__ void compute(ColumnTiles<E>& columns, int first, int j, typename E::Scores& logits,
+                          typename E::Scores& dp) const {
+    columns.load(j);
+    logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
+    dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
+    Pass::drop(dropout, s, first, queries.end, j, dp);
+  }
+
+  // LSE1 and delta1 of this thread's rows; leaves logits and dP1 of the last column tile.
+  __device__ void statistics(ColumnTiles<E>& columns, int first, typename E::Scores& logits, typename E::Scores& dp,
+                             A (&lse)[E::kRowsPerThread], A (&delta)[E::kRowsPerThread]) const {
+    Softmax<E> softmax;
+    for (int i = 0; i < E::kRowsPerThread; ++i) delta[i] = 0;
+    for (int j = 0; j < columns.tiles(); ++j) {
+      compute(columns, first, j, logits, dp);
+      typename E::Scores p = logits;
+      softmax.add(p);
+#pragma unroll
+      for (int i = 0; i < E::kRowsPerThread; ++i) {
+        A sum = 0;
+#pragma unroll
+        for (int c = 0; c < E::Scores::kColumns; ++c) sum += p.at(i, c) * dp.at(i, c);
+        delta[i] = delta[i] * softmax.shrink[i] + E::row_sum(sum);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < E::kRowsPerThread; ++i) {
+      delta[i] /= softmax.sum[i];
+      lse[i] = softmax.max[i] + log2(softmax.sum[i]);
+      const int row = first + E::row(i);
+      if (row >= queries.end || E::column(0) != 0 || blockIdx.y != 0) continue;
+      slice<A>(g.lse1, s.n, g.queries.length)[row] = lse[i];
+      slice<A>(g.delta1, s.n, g.queries.length)[row] = delta[i];
+    }
+  }
+
+  // s dS1 Kt of the row tile at `first`.
+  __device__ typename E::Output dquery(ColumnTiles<E>& columns, int first, int out0) const {
+    typename E::Scores logits, dp;
+    A lse[E::kRowsPerThread], delta[E::kRowsPerThread], excess[E::kRowsPerThread] = {};
+    queries.next(first);
+    statistics(columns, first, logits, dp, lse, delta);
+    typename E::Output dq;
+    for (int j = 0; j < columns.tiles(); ++j) {
+      if (columns.tiles() > 1) compute(columns, first, j, logits, dp);
+      for_each(dp, E::kRowsPerThread, [&](int i, int c, A& x) {
+        x = E::exp2(logits.at(i, c) - lse[i]) * (x - delta[i]);
+        excess[i] += E::rounded(x);
+      });
+      E::accumulate(dq, dp, columns.first(j), out0, scratch);
+    }
+    center(dq, columns.a, first, out0, excess);
+    Queries::done();
+    return dq;
+  }
+
+  // A row of dS1 sums to zero before it is rounded: taking what it sums to after that from the landmark of the query's
+  // own segment removes most of the rounding error (mathematics.md, section 4).
+  __device__ void center(typename E::Output& dq, const Buffer<A>& kt, int first, int out0,
+                         A (&excess)[E::kRowsPerThread]) const {
+#pragma unroll
+    for (int i = 0; i < E::kRowsPerThread; ++i) {
+      excess[i] = E::row_sum(excess[i]);
+      const int rank = first + E::row(i);
+      if (rank >= queries.end) continue;
+      const A* own = kt.data + (int64_t(rank) * kt.rows / s.queries.count) * kt.width + out0;
+#pragma unroll
+      for (int c = 0; c < E::Output::kColumns; ++c) {
+        const A reference = out0 + E::column(c) < kt.width ? own[E::column(c)] : A(0);
+        dq.at(i, c) = A(g.scale) * (dq.at(i, c) - excess[i] * reference);
+      }
+    }
+  }
+};
+
+template <class E>
+__global__ void __launch_bounds__(E::kThreads, E::kBlocks)
+    query_pass_backward_by_queries(const __grid_constant__ QueryPassBackwardParameters g) {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Pass = QueryPassBackward<E>;
+  const int n_chunks = int(row_chunks(g.queries));
+  const Head s(g, blockIdx.x / n_chunks);
+  const int begin = int(blockIdx.x) % n_chunks * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
+  const int out0 = int(blockIdx.y) * E::kOut;
+  if (begin >= end) return;
+
+  char* scratch = dynamic_shared_memory();
+  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
+  const typename Pass::Queries queries{
+      {query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim)},
+      begin,
+      end,
+      scratch + E::scratch(false)};
+  ColumnTiles<E> columns{{slice<A>(g.kt, s.n, g.keys.landmarks, g.head_width()), int(g.head_width()), s.keys.rows},
+                         {slice<A>(g.w, s.n, g.keys.landmarks, g.value_width()), int(g.value_width()), s.keys.rows},
+                         scratch + Pass::kShared,
+                         g.column_slots};
+  const Pass pass{g, s, queries, Dropout{g, s.n}, scratch};
+
+  if (!idle) queries.start();
+  for (int first = begin; first < end; first += E::kRows) {
+    typename E::Output dq;
+    if (!idle) dq = pass.dquery(columns, first, out0);
+    E::store(dq, query_rows<T>(g.dquery, s, g.head_dim), first, min(end - first, E::kRows), out0);
+  }
+}
+
+// The sweep by landmarks: rows are landmarks, columns are queries.
+template <class E>
+struct LandmarkSweep {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Queries = TokenStream<E, E::kCols, 2>;
+  static constexpr int kRowTile = E::kRows * E::kLandmarkTile;
+  static constexpr int kShared = E::scratch(false) + 2 * kRowTile + Queries::kBytes;
+
+  // P1^T and dP1^T of one tile become D * P1 and dS1.
+  static __device__ void probabilities(const QueryPassBackwardParameters& g, const Head& s, const Dropout& dropout,
+                                       int row0, int first, int end, typename E::Scores& p, typename E::Scores& ds) {
+    const A scale = A(g.scale * kLog2e);
+    const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
+    const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
+    uint32_t kept = 0;
+    if (dropout.on()) {
+      kept = dropout.kept<E>([&](int i, int j, int& row, int& column) {
+        if (first + E::column(j) >= end) return false;
+        row = s.queries.position(first + E::column(j));
+        column = row0 + E::row(i);
+        return true;
+      });
+      dropout.apply<E>(kept, ds);
+    }
+#pragma unroll
+    for (int j = 0; j < E::Scores::kColumns; ++j) {
+      const int query = first + E::column(j);
+      const bool valid = query < end;
+      const A top = valid ? lse[query] : A(kInfinity), mean = valid ? delta[query] : A(0);
+#pragma unroll
+      for (int i = 0; i < E::kRowsPerThread; ++i) {
+        const A x = E::exp2(p.at(i, j) * scale - top);
+        p.at(i, j) = x;
+        ds.at(i, j) = x * (ds.at(i, j) - mean);
+      }
+    }
+    if (dropout.on()) dropout.apply<E>(kept, p);
+  }
+};
+
+template <class E>
+__global__ void __launch_bounds__(E::kThreads, E::kBlocks)
+    query_pass_backward_by_landmarks(const __grid_constant__ QueryPassBackwardParameters g) {
+  using T = typename E::T;
+  using A = typename E::Acc;
+  using Sweep = LandmarkSweep<E>;
+  const int n_chunks = int(chunks(g.queries)), rows = int(g.keys.landmarks);
+  const int d = int(g.head_width()), e = int(g.value_width());
+  const int row_tiles = int(divide_up(rows, E::kRows)), out0 = int(blockIdx.y) * E::kOut;
+  const Head s(g, blockIdx.x / row_tiles / n_chunks);
+  const int chunk = int(blockIdx.x) / row_tiles % n_chunks;
+  const int row0 = int(blockIdx.x % row_tiles) * E::kRows;
+  char *scratch = dynamic_shared_memory(), *tiles = scratch + E::scratch(false);
+  const typename Sweep::Queries queries{
+      {query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim)},
+      chunk * kChunk,
+      min(chunk * kChunk + kChunk, s.queries.count),
+      tiles + 2 * Sweep::kRowTile};
+  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
+  if (idle || row0 >= s.keys.rows || queries.begin >= queries.end) return;
+
+  const A *kt = slice<A>(g.kt, s.n, rows, d), *w = slice<A>(g.w, s.n, rows, e);
+  E::template load<E::kRows>(tiles, kt, int(d), row0, s.keys.rows);
+  E::template load<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.keys.rows);
+  const auto a = E::template landmarks<E::kRows>(tiles, kt, int(d), row0, s.keys.rows);
+  const auto b = E::template landmarks<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.keys.rows);
+
+  const Dropout dropout{g, s.n};
+  typename E::Output dw, dkt;
+  queries.start();
+  for (int first = queries.begin; first < queries.end; first += E::kCols) {
+    queries.next(first);
+    typename E::Scores p = E::scores(a, queries.tile(0, first), scratch);
+    typename E::Scores ds = E::scores(b, queries.tile(1, first), scratch);
+    Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds);
+    E::template accumulate<2>(dw, p, queries.tile(1, first), out0, scratch);
+    E::accumulate(dkt, ds, queries.tile(0, first), out0, scratch);
+    Sweep::Queries::done();
+  }
+
+  const int64_t slot = (int64_t(s.n) * n_chunks + chunk) * rows;
+  A *to_w = static_cast<A*>(g.dw_part) + slot * e, *to_kt = static_cast<A*>(g.dkt_part) + slot * d;
+  for_each(dw, E::kRowsPerThread, [&](int i, int j, A& x) {
+    const int row = row0 + E::row(i), column = out0 + E::column(j);
+    if (row >= s.keys.rows) return;
+    if (column < e) to_w[row * e + column] = x;
+    if (column < d) to_kt[row * d + column] = A(g.scale) * dkt.at(i, j);
+  });
+}
+
+}  // namespace nystrom_ext::cuda

@@ -1,0 +1,94 @@
+// One (sample, head): its valid tokens, its landmarks and the regime they decide (mathematics.md, section 1).
+#pragma once
+
+#include "../problem.h"
+#include "convert.cuh"
+
+namespace nystrom_ext::cuda {
+
+enum class Regime {
+  empty,          // S' = 0: O = 0
+  exact_keys,     // S' <= m: every key is its own landmark, W = V; the query pass alone is exact attention
+  exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
+  nystrom,
+};
+
+// The valid tokens of one sample. Without a mask there is no plan in memory: ranks are positions, and the borders of
+// the segments follow from their formula.
+struct Side {
+  int count;  // L' or S'
+  int rows;   // landmarks in use
+  const int64_t *index, *offsets;
+
+  __device__ Side(const Tokens& t, int64_t b, int64_t m)
+      : count(int(t.count ? t.count[b] : t.length)),
+        rows(int(count < m ? count : m)),
+        index(t.index ? t.index + b * t.length : nullptr),
+        offsets(t.offsets ? t.offsets + b * (t.landmarks + 1) : nullptr) {}
+
+  __device__ int position(int rank) const { return index ? int(index[rank]) : rank; }
+  __device__ int begin(int j) const { return int(offsets ? offsets[j] : int64_t(j) * count / rows); }
+  __device__ int size(int j) const { return begin(j + 1) - begin(j); }
+
+  // The segment that holds a rank.
+  __device__ int segment(int rank) const {
+    if (!offsets) return int(((rank + int64_t(1)) * rows - 1) / count);
+    int low = 0, high = rows;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (offsets[middle] <= rank ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+struct Head {
+  int n, b, h, kv;  // n = b * heads + h; kv: the key head of query head h
+  Side queries, keys;
+  Regime regime;
+
+  __device__ Head(const Problem& p, int64_t problem)
+      : n(int(problem)),
+        b(n / int(p.heads)),
+        h(n % int(p.heads)),
+        kv(h / int(p.group())),
+        queries(p.queries, b, p.landmarks),
+        keys(p.keys, b, p.landmarks),
+        regime(keys.count == 0                ? Regime::empty
+               : keys.count <= p.landmarks    ? Regime::exact_keys
+               : queries.count <= p.landmarks ? Regime::exact_queries
+                                              : Regime::nystrom) {}
+};
+
+// The part of an operand that one head reads or writes, by rank.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t token, feature;
+  const int64_t* index;
+  int columns;
+
+  __device__ T* at(int position) const { return data + position * token; }
+  __device__ T* row(int rank) const { return at(index ? int(index[rank]) : rank); }
+};
+
+template <class T>
+__device__ Rows<T> rows(const Operand& x, int64_t b, int64_t h, int64_t columns, const int64_t* index) {
+  return {static_cast<T*>(x.data) + b * x.batch + h * x.head, x.token, x.feature, index, int(columns)};
+}
+template <class T>
+__device__ Rows<T> query_rows(const Operand& x, const Head& s, int64_t columns) {
+  return rows<T>(x, s.b, s.h, columns, s.queries.index);
+}
+template <class T>
+__device__ Rows<T> key_rows(const Operand& x, const Head& s, int64_t columns) {
+  return rows<T>(x, s.b, s.kv, columns, s.keys.index);
+}
+
+// Problem n's slice of an m-sized buffer.
+template <class A>
+__device__ A* slice(void* buffer, int64_t n, int64_t rows, int64_t width = 1) {
+  return static_cast<A*>(buffer) + n * rows * width;
+}
+
+}  // namespace nystrom_ext::cuda

@@ -1,0 +1,24 @@
+// The numbers that shape the launches. Results depend on those that say so, and never on the device.
+#pragma once
+
+#include "../problem.h"
+
+namespace nystrom_ext::cuda {
+
+// Tokens whose sum belongs to one slot: results depend on it, so it is a function of nothing.
+constexpr int kChunk = 1024;
+// Queries or keys that one block takes one tile after another; the m-sized operands are loaded once for them. Results
+// of dconv depend on it.
+constexpr int kRowChunk = 256;
+// Shared memory that column tiles may take before they are loaded again for every row tile.
+constexpr int kColumnMemory = 64 * 1024;
+// Shared memory that the m x m matrices may take in the launch they share with the key pass: two such blocks and more
+// fit one multiprocessor.
+constexpr int kCoreMemory = 72 * 1024;
+// What every device from sm_80 on can give one block.
+constexpr int kSharedMemory = 99 * 1024;
+
+constexpr int64_t chunks(const Tokens& t) { return divide_up(t.length, kChunk); }
+constexpr int64_t row_chunks(const Tokens& t) { return divide_up(t.length, kRowChunk); }
+
+}  // namespace nystrom_ext::cuda
