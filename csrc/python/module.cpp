@@ -14,7 +14,11 @@ PYBIND11_MODULE(_C, m) {
         info["torch"] = TORCH_VERSION;
         info["compiler"] = __VERSION__;
         info["cxx_standard"] = __cplusplus;
+#ifdef NYSTROM_CUDA
+        info["cuda"] = NYSTROM_STRING(NYSTROM_CUDA);
+#else
         info["cuda"] = pybind11::none();
+#endif
         return info;
       },
       "Facts fixed when the extension was compiled.");

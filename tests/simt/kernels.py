@@ -1,6 +1,6 @@
-"""Builds the CUDA backend with its kernels in the emulator: a library that runs the operator's CPU tensors through them.
+"""Builds the CUDA backend with its kernels in the emulator: a library that sends the operator's CPU tensors there.
 
-python tests/simt/kernels.py plain      # or race, asan, ucontext; prints the library's path
+PYTHONPATH=tests python -m simt.kernels plain      # or race, asan, ucontext; prints the library's path
 """
 
 from __future__ import annotations
