@@ -112,7 +112,6 @@ setup(
             "nystrom_ext.libnystrom",
             files("ops/*.cpp", "cpu/*.cpp", *(["cuda/*.cpp", "cuda/instances/*.cu"] if CUDA else [])),
             depends=files("**/*.h", "**/*.cuh"),
-            define_macros=[("NYSTROM_WITH_CUDA", None)] if CUDA else [],
             extra_compile_args={"cxx": CXX, "nvcc": NVCC},
             extra_link_args=["-fopenmp", "-Wl,-z,defs"],
             py_limited_api=True,

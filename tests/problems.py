@@ -79,7 +79,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 def run(attention: Callable[..., Tensor], p: Problem, x: list[Tensor], grad: Tensor, **more: Any) -> list[Tensor]:
     """Output and gradients of everything in x."""
-    keys, queries = p.masks()
+    keys, queries = (None if mask is None else mask.to(x[0].device) for mask in p.masks())
     out = attention(
         *x[:3],
         keys,
@@ -90,25 +90,27 @@ def run(attention: Callable[..., Tensor], p: Problem, x: list[Tensor], grad: Ten
         **p.options,
         **more,
     )
-    return [out.detach(), *torch.autograd.grad(out, x, grad.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, x, grad.to(out))]
 
 
-def check(p: Problem, dtype: torch.dtype, inputs: Callable[..., list[Tensor]] | None = None) -> None:
-    """The operator against the reference in float64, forward and backward."""
+def check(
+    p: Problem, dtype: torch.dtype, inputs: Callable[..., list[Tensor]] | None = None, device: str = "cpu"
+) -> None:
+    """The operator on a device against the reference on the CPU in float64, forward and backward."""
     x = p.tensors(dtype, inputs)
     exact = [t.detach().double().requires_grad_() for t in x]
     grad = torch.randn(*x[0].shape[:3], x[2].shape[3]).to(dtype)
     more: dict[str, Any] = {}
     if p.options.get("dropout_p"):
         torch.manual_seed(7)
-        more["rng_state"] = torch.randint(2**63 - 1, (2,))  # the op draws its seed in the same way
+        more["rng_state"] = torch.randint(2**63 - 1, (2,), device=device).cpu()  # the op draws its seed in the same way
         torch.manual_seed(7)
-    actual = run(nystrom_attention, p, x, grad)
+    actual = run(nystrom_attention, p, [t.detach().to(device).requires_grad_() for t in x], grad)
     expected = run(reference.nystrom_attention, p, exact, grad, **more)
     bars = (*TOLERANCES[dtype], TOLERANCES[dtype][3])
     for name, a, e, bar in zip(("out", "dquery", "dkey", "dvalue", "dconv"), actual, expected, bars, strict=False):
         assert a.dtype == dtype and a.shape == e.shape
-        error = relative_rms(a, e)
+        error = relative_rms(a.cpu(), e)
         assert error <= bar, f"{name}: relative RMS error {error:.2e} > {bar:.0e} for {p} in {dtype}"
 
 

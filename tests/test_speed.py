@@ -253,6 +253,7 @@ def test_operation_counts() -> None:
 def test_machine() -> None:
     found = machine.facts("cpu")
     assert machine.slug(found).replace("-", "").isalnum()
+    assert machine.slug({**found, "accelerator": "NVIDIA H200"}) == "nvidia-h200"
     assert str(Path.home()) not in json.dumps(found)
     rate = machine.fma_rate()
     assert rate is None or rate > 1

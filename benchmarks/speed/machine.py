@@ -48,7 +48,8 @@ def slug(found: dict[str, object]) -> str:
     """A file name for results of this machine."""
     build = found["build"]
     assert isinstance(build, dict)
-    parts = (found.get("accelerator") or found["processor"], build["cpu_capability"], f"{found['threads']}-threads")
+    processor = (found["processor"], build["cpu_capability"], f"{found['threads']}-threads")
+    parts = (found["accelerator"],) if "accelerator" in found else processor
     return re.sub(r"[^a-z0-9]+", "-", " ".join(str(part) for part in parts).lower()).strip("-")
 
 

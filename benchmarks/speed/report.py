@@ -29,9 +29,12 @@ def show(results: dict[str, Any]) -> None:
 
 def about(results: dict[str, Any]) -> str:
     machine, peaks = results["machine"], results["peaks"]
+    name = machine.get("accelerator") or (
+        f"{machine['processor']}, {machine['build']['cpu_capability']}, "
+        f"{machine['threads']} of {machine['cores']} cores"
+    )
     return (
-        f"{machine.get('accelerator') or machine['processor']}, {machine['build']['cpu_capability']}, "
-        f"{machine['threads']} of {machine['cores']} cores, torch {machine['versions']['torch']}; peak "
+        f"{name}, torch {machine['versions']['torch']}; peak "
         f"{peaks['gflops']:.0f} GFLOP/s ({peaks['method']}), best torch.mm {peaks['matmul_gflops']:.0f} GFLOP/s, "
         f"copy {peaks['copy_gb_per_s']:.0f} GB/s"
     )

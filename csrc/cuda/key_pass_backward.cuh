@@ -76,8 +76,8 @@ struct KeySweep {
       const int rank = first + E::row(i);
       if (rank >= keys.end) continue;
       const bool own = s.regime == Regime::exact_keys;
-      const int segment = own ? int(rank) : s.keys.segment(rank);
-      const A share = own ? A(1) : A(1) / A(s.keys.size(segment));
+      const int segment = s.keys.segment(rank);
+      const A share = A(1) / A(s.keys.size(segment));
 #pragma unroll
       for (int j = 0; j < E::Output::kColumns; ++j) {
         const int column = out0 + E::column(j);

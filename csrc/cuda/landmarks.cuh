@@ -114,9 +114,9 @@ __device__ void segment_mean(const Rows<const T>& x, int begin, int end, AccOf<T
 template <class T, int N>
 __global__ void __launch_bounds__(kMeanThreads) landmarks(const __grid_constant__ Forward f) {
   using A = AccOf<T>;
-  const int64_t segments = f.segments();
-  const Head s(f, blockIdx.x / segments);
-  const int j = int(blockIdx.x % segments);
+  const int segments = int(f.segments());
+  const Head s(f, int(blockIdx.x) / segments);
+  const int j = int(blockIdx.x) % segments;
   const bool queries = blockIdx.y == 0;
   const Side side = queries ? s.queries : s.keys;
   if (j >= side.rows) return;
@@ -155,17 +155,19 @@ template <class T>
 __global__ void __launch_bounds__(kMeanThreads)
     landmarks_backward(const __grid_constant__ LandmarksBackwardParameters g) {
   using A = AccOf<T>;
-  const int64_t segments = g.queries.landmarks, width = g.head_width();
-  if (blockIdx.x >= g.problems() * segments) return merge_taps<A>(g, blockIdx.x - g.problems() * segments);
-  const Head s(g, blockIdx.x / segments);
-  const int j = int(blockIdx.x % segments);
+  const int segments = int(g.queries.landmarks), width = int(g.head_width()), block = int(blockIdx.x);
+  const int all = int(g.problems()) * segments;
+  if (block >= all) return merge_taps<A>(g, block - all);
+  const Head s(g, block / segments);
+  const int j = block % segments;
   if (j >= s.queries.rows || s.keys.count <= g.landmarks) return;
 
   A* share = reinterpret_cast<A*>(dynamic_shared_memory());  // (width)
-  const A* part = static_cast<const A*>(g.dqt_part) + (s.n * chunks(g.keys) * segments + j) * width;
-  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
+  const int n_chunks = int(chunks(g.keys)), used = int(divide_up(s.keys.count, kChunk));
+  const A* part = static_cast<const A*>(g.dqt_part) + (int64_t(s.n) * n_chunks * segments + j) * width;
+  for (int c = threadIdx.x; c < width; c += kMeanThreads) {
     A sum = slice<A>(g.dqt, s.n, segments, width)[j * width + c];
-    for (int64_t k = 0; k < divide_up(s.keys.count, kChunk); ++k) sum += part[k * segments * width + c];
+    for (int k = 0; k < used; ++k) sum += part[int64_t(k) * segments * width + c];
     share[c] = sum / A(s.queries.size(j));
   }
   __syncthreads();

@@ -10,15 +10,17 @@ namespace nystrom_ext::cuda {
 
 template <class E>
 class Launcher {
+  using P = typename E::KeyTiles;
   using N = typename E::Narrow;
   using K = typename E::Narrowest;
+  static_assert(K::kOut == N::kOut, "one launch, one number of output tiles");
   using T = typename E::T;
   using A = typename E::Acc;
 
  public:
   static bool fits(const Problem& p, int shared_memory) {
     const int wide = 2 * ColumnTiles<E>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
-    const int needed[] = {KeyPass<E>::kShared,
+    const int needed[] = {KeyPass<P>::kShared,
                           QueryPass<E>::shared(p) + wide,
                           QueryPassBackward<E>::kShared + wide,
                           LandmarkSweep<N>::kShared,
@@ -113,8 +115,9 @@ class Launcher {
     KeyPassParameters p{f, core_memory(f, 1, 5, kCoreMemory), allocate<A>(partials * f.value_width()),
                         allocate<A>(partials), allocate<A>(partials)};
     coefficients(f, p.core);
-    const int64_t core = Core<A>::shared_bytes(f, p.core.fit), pass = KeyPass<E>::kShared;
-    run(device_, key_pass_and_core<E>, blocks, output_tiles(f.value_dim), E::kThreads, core > pass ? core : pass, p);
+    const int64_t core = Core<A>::shared_bytes(f, p.core.fit), pass = KeyPass<P>::kShared;
+    run(device_, key_pass_and_core<P>, blocks, divide_up(f.value_dim, P::kOut), E::kThreads, core > pass ? core : pass,
+        p);
     Stages<T>::finish_core(device_, p, core);
   }
 

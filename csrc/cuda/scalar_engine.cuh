@@ -9,11 +9,12 @@
 
 namespace nystrom_ext::cuda {
 
-template <class T_, int kOut_ = 64>
+template <class T_, int kOut_ = sizeof(AccOf<T_>) == 8 ? 32 : 64>
 struct ScalarEngine {
   using T = T_;
   using Acc = AccOf<T>;
-  using Narrow = ScalarEngine<T, sizeof(Acc) == 8 ? 32 : 64>;  // for sweeps that need the registers for two outputs
+  using KeyTiles = ScalarEngine;
+  using Narrow = ScalarEngine<T, sizeof(Acc) == 8 ? 16 : 64>;  // for sweeps that need the registers for two outputs
   using Narrowest = Narrow;
   static constexpr int kThreads = 256, kBlocks = 1, kRows = 64, kCols = 64, kOut = kOut_, kRowsPerThread = 4,
                        kStages = 1;
@@ -125,6 +126,7 @@ struct ScalarEngine {
 #pragma unroll
       for (int j = 0; j < 4; ++j) pt[column(j) * kPitch + row(i)] = p.x[i][j];
     }
+#pragma unroll 1
     for (int k = 0; k < kCols; k += kSlice) {
       for (int i = threadIdx.x; i < kOut * kSlice; i += kThreads) {
         slice[i / kOut * kPitch + i % kOut] = b.get(k + i / kOut, out0 + i % kOut);

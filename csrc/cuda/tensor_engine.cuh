@@ -13,13 +13,21 @@
 
 namespace nystrom_ext::cuda {
 
-template <class T_, int D, int kCols_ = D <= 64 ? 64 : 32, int kOut_ = D <= 128 ? D : 128>
+// Tiles as large as the registers allow without a spill: half tokens, being pairs, take more.
+template <class T>
+constexpr int kColumnsFor(int D) {
+  return (D <= 64 ? 64 : 32) / (std::is_same_v<T, half> ? 2 : 1);
+}
+
+template <class T_, int D, int kCols_ = kColumnsFor<T_>(D), int kOut_ = D <= 128 ? D : 128>
 struct TensorEngine {
   using T = T_;
   using Acc = float;
-  // For sweeps that need the registers for two outputs.
-  using Narrow = TensorEngine<T, D, 32, D <= 64 ? D : 64>;
-  using Narrowest = TensorEngine<T, D, D <= 64 ? 32 : 16, D <= 64 ? D : 64>;
+  // The key pass, and the sweeps that need registers for two outputs.
+  using KeyTiles = TensorEngine<T, D, D <= 64 ? 64 : 32, D <= 128 ? D : 64>;
+  static constexpr int kSharedOut = D <= 64 ? D : D == 128 ? 64 : 32;
+  using Narrow = TensorEngine<T, D, 32, kSharedOut>;
+  using Narrowest = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, kSharedOut>;
   static constexpr int kThreads = 128, kBlocks = 2, kRows = 64, kCols = kCols_;
   static constexpr int kOut = kOut_;  // columns of one output tile; wider outputs take several blocks
   static constexpr int kRowsPerThread = 2;
