@@ -46,6 +46,9 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         conv_kernel_size: taps of a depthwise convolution of the values, added to the attention in both regimes. Adds
             the parameter ``conv.weight`` (H, taps); needs L = S and no added keys.
         coefficient: scale of the iteration's start; ``"global"``, as in the paper's code, couples a batch's samples.
+        window, pinned: exact attention, beyond m tokens, to the tokens at a distance of at most ``window`` and to the
+            first ``pinned`` ones, beside the landmarks; needs self-attention (``query is key`` where there is a mask)
+            and no added keys.
         unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
             NotImplementedError, ``"exact"`` computes exact attention.
     The other arguments are those of `nn.MultiheadAttention`.
@@ -55,6 +58,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     pinv_iterations: int
     coefficient: str
     unsupported_mask: str
+    window: int
+    pinned: int
     conv: ValueConvolution | None
 
     def __init__(
@@ -76,17 +81,26 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         conv_kernel_size: int | None = None,
         coefficient: str = "per_head",
         unsupported_mask: str = "error",
+        window: int = 0,
+        pinned: int = 0,
     ) -> None:
         options = Options(
             num_landmarks=num_landmarks,
             pinv_iterations=pinv_iterations,
             coefficient=coefficient,
             unsupported_mask=unsupported_mask,
+            window=window,
+            pinned=pinned,
         )
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.configure(options)
+        if (window or pinned) and (add_bias_kv or add_zero_attn):
+            raise ValueError(
+                f"window and pinned need as many keys as queries, got window={window}, pinned={pinned} with "
+                f"add_bias_kv={add_bias_kv}, add_zero_attn={add_zero_attn}; leave out one or the other"
+            )
         if conv_kernel_size is None:
             return
         check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
@@ -270,6 +284,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             "num_landmarks": self.num_landmarks,
             "pinv_iterations": self.pinv_iterations,
             "coefficient": self.coefficient,
+            "window": self.window,
+            "pinned": self.pinned,
             "dropout_p": dropout_p,
         }
         if not need_weights:

@@ -46,11 +46,19 @@ class CudaBackend {
     return rows ? x : x.clone(at::MemoryFormat::Contiguous);
   }
 
+  static void refuse_window(const Problem& p) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !p.extended(), "nystrom_attention: window and pinned have no CUDA kernels yet, got window = ", p.window,
+        " and pinned = ", p.pinned, "; leave them out, or compute on the CPU");
+  }
+
   static void forward(Forward& f) {
+    refuse_window(f);
     Memory memory;
     cuda::schedule(f, Runtime::shared_memory()).forward(f, memory.device());
   }
   static void backward(Backward& g) {
+    refuse_window(g);
     Memory memory;
     cuda::schedule(g, Runtime::shared_memory()).backward(g, memory.device());
   }
