@@ -128,10 +128,13 @@ def test_borders_of_tiles(name: str, dtype: torch.dtype) -> None:
     check(TILES[name], dtype)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 16, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_16_bit_is_never_worse_than_the_eager_composition(regime: str, dtype: torch.dtype) -> None:
-    p = Problem(B=1, H=1, L=256, m=32, d=32)
+def test_16_bit_is_never_worse_than_the_eager_composition(
+    regime: str, dtype: torch.dtype, options: dict[str, int]
+) -> None:
+    p = Problem(B=1, H=1, L=256, m=32, d=32, options=options)
     x = p.tensors(dtype, REGIMES[regime])
     grad = torch.randn_like(x[0])
     truth = run(reference.nystrom_attention, p, [t.detach().double().requires_grad_() for t in x], grad)
@@ -183,10 +186,11 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 7, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [16, 5])
-def test_layouts_change_nothing(dtype: torch.dtype, d: int) -> None:
-    p = Problem(L=120, m=16, d=d, mask="holes")
+def test_layouts_change_nothing(dtype: torch.dtype, d: int, options: dict[str, int]) -> None:
+    p = Problem(L=120, m=16, d=d, mask="holes", options=options)
     x = [t.detach() for t in p.tensors(dtype)]
     grad = torch.randn_like(x[0])
     expected = run(nystrom_attention, p, [t.requires_grad_() for t in x], grad)
@@ -273,19 +277,18 @@ def test_no_keys_at_all_gives_zeros() -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "holes"])
-@pytest.mark.parametrize("L, S", [(90, 90), (5, 90), (90, 5)])
-def test_weights_are_those_the_operator_applies(mask: str, L: int, S: int) -> None:
+@pytest.mark.parametrize("L, S, window, pinned", [(90, 90, 0, 0), (5, 90, 0, 0), (90, 5, 0, 0), (90, 90, 4, 2)])
+def test_weights_are_those_the_operator_applies(mask: str, L: int, S: int, window: int, pinned: int) -> None:
     p = Problem(L=L, S=S, mask=mask)
     query, key, value = p.tensors(torch.float64)
     keys, queries = p.masks()
-    weights = nystrom_attention_weights(query, key, keys, query_padding_mask=queries, num_landmarks=p.m)
-    out = nystrom_attention(query, key, value, keys, query_padding_mask=queries, num_landmarks=p.m)
+    options = {"query_padding_mask": queries, "num_landmarks": p.m, "window": window, "pinned": pinned}
+    weights = nystrom_attention_weights(query, key, keys, **options)
+    out = nystrom_attention(query, key, value, keys, **options)
     assert relative_rms(weights @ value, out) < 1e-12
     if keys is not None:
         assert not weights.masked_select(keys[:, None, None]).any()
-    averaged = nystrom_attention_weights(
-        query, key, keys, query_padding_mask=queries, num_landmarks=p.m, average_heads=True
-    )
+    averaged = nystrom_attention_weights(query, key, keys, average_heads=True, **options)
     assert torch.equal(averaged, weights.mean(1))
 
 
