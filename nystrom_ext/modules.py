@@ -47,8 +47,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             the parameter ``conv.weight`` (H, taps); needs L = S and no added keys.
         coefficient: scale of the iteration's start; ``"global"``, as in the paper's code, couples a batch's samples.
         window, pinned: exact attention, beyond m tokens, to the tokens at a distance of at most ``window`` and to the
-            first ``pinned`` ones, beside the landmarks; needs self-attention (``query is key`` where there is a mask)
-            and no added keys.
+            first ``pinned`` ones, beside the landmarks; needs self-attention, ``query is key``, and no added keys.
         unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
             NotImplementedError, ``"exact"`` computes exact attention.
     The other arguments are those of `nn.MultiheadAttention`.
@@ -173,6 +172,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             out, weights = exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
         else:
             check_key_mask(kpm)
+            self._check_window(query, key)
             out, weights = self._nystrom(q, k, v, ignored, ignored_queries, dropout_p, need_weights)
         if self.conv is not None and (exact or need_weights):  # else the operator has added it
             out = out + self.conv(v, ignored, ignored_queries)
@@ -248,6 +248,14 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
                 f'unsupported_mask="exact".'
             )
         return attn_mask is not None
+
+    def _check_window(self, query: Tensor, key: Tensor) -> None:
+        if (self.window or self.pinned) and not same_tensor(query, key):
+            raise ValueError(
+                f"NystromMultiheadAttention: window={self.window} and pinned={self.pinned} need self-attention, got a "
+                f"key of shape {tuple(key.shape)} that is not the query of shape {tuple(query.shape)}; pass the same "
+                f"tensor as both, or construct with window=0, pinned=0"
+            )
 
     def _additive_mask(self, q: Tensor, k: Tensor, kpm: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
         """Both masks as one of q's dtype that broadcasts to (N, H, L, S). F.scaled_dot_product_attention on the CPU
