@@ -19,6 +19,8 @@ struct AttentionOptions {
   double dropout_p = 0.0;
   std::string coefficient = "per_head";  // or "global", the paper's released code, which couples the batch
   bool enable_gqa = false;
+  int64_t window = 0;  // exact attention to the tokens at distance <= window; self-attention only
+  int64_t pinned = 0;  // and to the first `pinned` tokens
 };
 
 // query (B, H, L, d), key (B, H_kv, S, d), value (B, H_kv, S, e) -> (B, H, L, e); key_padding_mask (B, S) bool,

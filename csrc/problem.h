@@ -41,6 +41,7 @@ struct Problem {
   double scale = 1.0;                   // s
   double dropout_p = 0.0;
   bool global_coefficient = false;
+  int64_t window = 0, pinned = 0;      // at most S; 0 and 0: the plain operator
   const int64_t* rng_state = nullptr;  // (2): seed, offset; null without dropout
   Operand query, key, value;           // (B, H, L, d), (B, H_kv, S, d), (B, H_kv, S, e)
   Operand conv_weight;                 // (H, T): strides head and token
@@ -48,8 +49,10 @@ struct Problem {
 
   constexpr int64_t problems() const { return batch * heads; }  // N: one softmax problem per (sample, head)
   constexpr int64_t group() const { return heads / kv_heads; }  // query heads per key head
-  constexpr int64_t segments() const {                          // landmarks on the longer side
-    return queries.landmarks > keys.landmarks ? queries.landmarks : keys.landmarks;
+  constexpr bool extended() const { return window > 0 || pinned > 0; }
+  constexpr int64_t columns() const { return keys.landmarks + pinned; }  // rows of Kt and W: landmarks, pinned tokens
+  constexpr int64_t segments() const {                                   // rows of the longer of Qt and Kt
+    return queries.landmarks > columns() ? queries.landmarks : columns();
   }
   constexpr int64_t head_width() const { return padded(head_dim); }    // row length of Qt, Kt
   constexpr int64_t value_width() const { return padded(value_dim); }  // row length of U, W
@@ -57,22 +60,26 @@ struct Problem {
 
 // Buffers hold the accumulation type: double for float64, float otherwise. Saved for backward: all but out.
 struct Forward : Problem {
-  Operand out;          // (B, H, L, e)
-  void* qt = nullptr;   // (N, queries.landmarks, head_width)
-  void* kt = nullptr;   // (N, keys.landmarks, head_width)
-  void* u = nullptr;    // (N, queries.landmarks, value_width)
-  void* lse = nullptr;  // (N, queries.landmarks)
-  void* w = nullptr;    // (N, keys.landmarks, value_width)
+  Operand out;             // (B, H, L, e)
+  void* qt = nullptr;      // (N, queries.landmarks, head_width)
+  void* kt = nullptr;      // (N, columns, head_width)
+  void* u = nullptr;       // (N, queries.landmarks, value_width)
+  void* lse = nullptr;     // (N, queries.landmarks)
+  void* w = nullptr;       // (N, columns, value_width)
+  void* missed = nullptr;  // (N, queries.landmarks) if extended: log of the mass that the landmarks miss
 };
 
 struct Backward : Forward {      // out: the gradient dO that arrives
   Operand dquery, dkey, dvalue;  // zero at padded positions on entry
   void* dconv = nullptr;         // (H, T), accumulation type
   void* dqt = nullptr;           // (N, queries.landmarks, head_width)
-  void* dkt = nullptr;           // (N, keys.landmarks, head_width)
+  void* dkt = nullptr;           // (N, columns, head_width)
   void* du = nullptr;            // (N, queries.landmarks, value_width)
-  void* dw = nullptr;            // (N, keys.landmarks, value_width)
-  void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U)
+  void* dw = nullptr;            // (N, columns, value_width)
+  void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U), less dmissed
+  void* dmissed = nullptr;       // (N, queries.landmarks) if extended
+  void* lse1 = nullptr;          // (N, queries.length) by rank, with a window: the backend's own
+  void* delta1 = nullptr;        // likewise: rowsum(P1 * dP1)
 };
 
 }  // namespace nystrom_ext

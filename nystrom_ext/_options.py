@@ -14,10 +14,19 @@ class Options:
     pinv_iterations: int = 6
     coefficient: str = "per_head"
     unsupported_mask: str = "error"
+    window: int = 0
+    pinned: int = 0
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Those that :func:`nystrom_ext.nystrom_attention` takes."""
+        return {name: value for name, value in vars(self).items() if name != "unsupported_mask"}
 
     def __post_init__(self) -> None:
         check_count("num_landmarks", self.num_landmarks, 1, "the paper uses 64")
         check_count("pinv_iterations", self.pinv_iterations, 0, "the paper uses 6")
+        check_count("window", self.window, 0, "0 is no window")
+        check_count("pinned", self.pinned, 0, "0 pins no tokens")
         if self.coefficient not in ("per_head", "global"):
             raise ValueError(
                 f'coefficient must be "per_head" or "global", got {self.coefficient!r}; "per_head" keeps the samples '

@@ -22,6 +22,8 @@ def nystrom_attention(
     conv_weight: Tensor | None = None,
     coefficient: str = "per_head",
     enable_gqa: bool = False,
+    window: int = 0,
+    pinned: int = 0,
 ) -> Tensor:
     r"""Softmax attention approximated in O((L + S) m) time and memory (Nyströmformer, arXiv 2102.03902).
 
@@ -40,10 +42,15 @@ def nystrom_attention(
         num_landmarks: m, the number of segment means. ``m >= L`` or ``m >= S`` is exact attention.
         pinv_iterations: six are a spectral filter that suits attention; more approximate it worse, not better.
         scale: s, default ``d ** -0.5``.
-        dropout_p: probability of dropping entries of the (L, m) probabilities; pass 0 in evaluation, as with SDPA.
+        dropout_p: probability of dropping entries of the (L, m) probabilities, and of the window's; pass 0 in evaluation, as with SDPA.
         conv_weight: (H, taps): a depthwise convolution of the values over the sequence is added; needs L = S.
         coefficient: ``"per_head"``, or ``"global"`` as in the paper's released code, which couples the batch.
         enable_gqa: query head h reads key head ``h // (H // H_kv)``.
+        window: exact attention to the valid tokens at a distance of at most ``window``, in one softmax with the
+            landmarks, which then stand for the tokens outside. 16 removes most of the error of sharp, local heads.
+        pinned: exact attention of every query to the first ``pinned`` valid tokens, which are left out of the
+            landmarks: class tokens, attention sinks. ``window`` and ``pinned`` are for self-attention: L = S and one
+            mask; 0 and 0 are the paper's operator.
 
     Returns:
         (B, H, L, e), stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once with respect to
@@ -65,6 +72,8 @@ def nystrom_attention(
         dropout_p=dropout_p,
         coefficient=coefficient,
         enable_gqa=enable_gqa,
+        window=window,
+        pinned=pinned,
     )
 
 
@@ -80,6 +89,8 @@ def nystrom_attention_weights(
     dropout_p: float = 0.0,
     coefficient: str = "per_head",
     enable_gqa: bool = False,
+    window: int = 0,
+    pinned: int = 0,
     average_heads: bool = False,
 ) -> Tensor:
     """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection: O(L S) memory.
@@ -103,5 +114,7 @@ def nystrom_attention_weights(
         dropout_p=dropout_p,
         coefficient=coefficient,
         enable_gqa=enable_gqa,
+        window=window,
+        pinned=pinned,
     )
     return weights.mean(1) if average_heads else weights

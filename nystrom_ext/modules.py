@@ -46,6 +46,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         conv_kernel_size: taps of a depthwise convolution of the values, added to the attention in both regimes. Adds
             the parameter ``conv.weight`` (H, taps); needs L = S and no added keys.
         coefficient: scale of the iteration's start; ``"global"``, as in the paper's code, couples a batch's samples.
+        window, pinned: exact attention, beyond m tokens, to the tokens at a distance of at most ``window`` and to the
+            first ``pinned`` ones, beside the landmarks; needs self-attention, ``query is key``, and no added keys.
         unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
             NotImplementedError, ``"exact"`` computes exact attention.
     The other arguments are those of `nn.MultiheadAttention`.
@@ -55,6 +57,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     pinv_iterations: int
     coefficient: str
     unsupported_mask: str
+    window: int
+    pinned: int
     conv: ValueConvolution | None
 
     def __init__(
@@ -76,17 +80,26 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         conv_kernel_size: int | None = None,
         coefficient: str = "per_head",
         unsupported_mask: str = "error",
+        window: int = 0,
+        pinned: int = 0,
     ) -> None:
         options = Options(
             num_landmarks=num_landmarks,
             pinv_iterations=pinv_iterations,
             coefficient=coefficient,
             unsupported_mask=unsupported_mask,
+            window=window,
+            pinned=pinned,
         )
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.configure(options)
+        if (window or pinned) and (add_bias_kv or add_zero_attn):
+            raise ValueError(
+                f"window and pinned need as many keys as queries, got window={window}, pinned={pinned} with "
+                f"add_bias_kv={add_bias_kv}, add_zero_attn={add_zero_attn}; leave out one or the other"
+            )
         if conv_kernel_size is None:
             return
         check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
@@ -159,6 +172,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             out, weights = exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
         else:
             check_key_mask(kpm)
+            self._check_window(query, key)
             out, weights = self._nystrom(q, k, v, ignored, ignored_queries, dropout_p, need_weights)
         if self.conv is not None and (exact or need_weights):  # else the operator has added it
             out = out + self.conv(v, ignored, ignored_queries)
@@ -235,6 +249,14 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             )
         return attn_mask is not None
 
+    def _check_window(self, query: Tensor, key: Tensor) -> None:
+        if (self.window or self.pinned) and not same_tensor(query, key):
+            raise ValueError(
+                f"NystromMultiheadAttention: window={self.window} and pinned={self.pinned} need self-attention, got a "
+                f"key of shape {tuple(key.shape)} that is not the query of shape {tuple(query.shape)}; pass the same "
+                f"tensor as both, or construct with window=0, pinned=0"
+            )
+
     def _additive_mask(self, q: Tensor, k: Tensor, kpm: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
         """Both masks as one of q's dtype that broadcasts to (N, H, L, S). F.scaled_dot_product_attention on the CPU
         refuses others or, float32 next to float64, silently computes nonsense (torch 2.13)."""
@@ -270,6 +292,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             "num_landmarks": self.num_landmarks,
             "pinv_iterations": self.pinv_iterations,
             "coefficient": self.coefficient,
+            "window": self.window,
+            "pinned": self.pinned,
             "dropout_p": dropout_p,
         }
         if not need_weights:

@@ -144,12 +144,14 @@ def test_revert_refuses_what_changed_since():
 def test_idempotent_and_updating():
     model = zoo()
     before = snapshot(model)
-    convert_(model, num_landmarks=5, coefficient="global")
+    convert_(model, num_landmarks=5, coefficient="global", window=3, pinned=1)
     once = snapshot(model)
-    assert convert_(model, num_landmarks=5, coefficient="global").converted == ALL
+    report = convert_(model, num_landmarks=5, coefficient="global", window=3, pinned=1)
+    assert report.converted == ALL and "window=3, pinned=1" in str(report)
     assert snapshot(model) == once
     convert_(model, num_landmarks=8)
-    assert {(m.num_landmarks, m.coefficient) for m in map(model.get_submodule, ALL)} == {(8, "per_head")}
+    options = {(m.num_landmarks, m.coefficient, m.window, m.pinned) for m in map(model.get_submodule, ALL)}
+    assert options == {(8, "per_head", 0, 0)}
     revert_(model)
     assert snapshot(model) == before
 
@@ -200,7 +202,17 @@ def test_strict():
         assert all(torch.equal(p, values[name]) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("bad", [{"num_landmarks": 0}, {"coefficient": "x"}, {"conv_kernel_size": 3}, {"landmarks": 3}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_landmarks": 0},
+        {"coefficient": "x"},
+        {"window": -1},
+        {"pinned": None},
+        {"conv_kernel_size": 3},
+        {"landmarks": 3},
+    ],
+)
 def test_bad_options_change_nothing(bad):
     model = zoo()
     before = snapshot(model)

@@ -45,6 +45,24 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"query": X[:, :, :20], "conv_weight": torch.randn(4, 5)},
         "conv_weight needs as many queries as keys, got L = 20 and S = 30",
     ),
+    "window": ({"window": -1}, "window must not be negative, got -1; 0 is no window"),
+    "pinned": ({"pinned": -2}, "pinned must not be negative, got -2; 0 pins no tokens"),
+    "window cross": (
+        {"query": X[:, :, :20], "window": 3},
+        "window and pinned need self-attention, got window = 3 and pinned = 0 with L = 20 and S = 30; leave them out",
+    ),
+    "window, one mask": (
+        {"key_padding_mask": MASK, "pinned": 1},
+        "same mask for queries and keys, got only key_padding_mask; pass it as query_padding_mask too",
+    ),
+    "window, query mask": (
+        {"query_padding_mask": MASK, "window": 1},
+        "got only query_padding_mask; pass it as key_padd",
+    ),
+    "window, two masks": (
+        {"key_padding_mask": MASK, "query_padding_mask": ~MASK, "window": 1},
+        "same mask for queries and keys, got two that differ; pass one mask twice",
+    ),
 }
 
 
@@ -66,16 +84,24 @@ def test_double_backward_is_refused_by_name() -> None:
 def test_internal_ops_check_too() -> None:
     """Nothing reached through torch.ops may read out of bounds."""
     forward, backward = torch.ops.nystrom_ext._attention_forward, torch.ops.nystrom_ext._attention_backward
-    options = (8, 6, 0.3, 0.0, False)
+    options = (8, 6, 0.3, 0.0, False, 0, 0)
     with pytest.raises(ValueError, match="same number of tokens"):
         forward(X, X, X[:, :, :5], None, None, None, None, *options)
     with pytest.raises(ValueError, match="dropout_p > 0 needs rng_state"):
-        forward(X, X, X, None, None, None, None, 8, 6, 0.3, 0.5, False)
+        forward(X, X, X, None, None, None, None, 8, 6, 0.3, 0.5, False, 0, 0)
     out, *saved = forward(X, X, X, None, None, None, None, *options)
     with pytest.raises(ValueError, match="the gradient must have the shape"):
         backward(out[..., :3], X, X, X, None, None, None, None, *saved, *options)
     with pytest.raises(ValueError, match="saved tensors are not those"):
         backward(out, X, X, X, None, None, None, None, *(s[:, :, :2] for s in saved), *options)
+    with pytest.raises(ValueError, match="saved tensors are not those"):  # of a call without a window
+        backward(out, X, X, X, None, None, None, None, *saved, *options[:-2], 3, 1)
+
+
+def test_two_equal_masks_are_one() -> None:
+    options = {"num_landmarks": 8, "window": 3}
+    out = nystrom_attention(X, X, X, MASK, query_padding_mask=MASK.clone(), **options)
+    assert torch.equal(out, nystrom_attention(X, X, X, MASK, query_padding_mask=MASK, **options))
 
 
 def test_weights_need_no_value_but_check_the_rest() -> None:

@@ -19,6 +19,11 @@ CASES = {
     "exact": Problem(B=1, L=100, m=128, d=16, taps=4),
     "chunks": Problem(B=1, H=1, L=2300, m=8, d=16),
     "dropout": Problem(B=1, L=100, m=16, d=16, options={"dropout_p": 0.4}),
+    "window": Problem(B=1, L=100, m=16, d=16, options={"window": 5, "pinned": 2}),
+    "window over everything": Problem(B=1, L=100, m=16, d=16, options={"window": 10**6, "pinned": 1}),
+    "window, chunks": Problem(B=1, H=1, L=2300, m=8, d=16, options={"window": 16}),
+    "window, dropout": Problem(B=1, L=100, m=16, d=16, options={"window": 200, "pinned": 2, "dropout_p": 0.4}),
+    "everything pinned": Problem(B=1, L=100, m=16, d=16, taps=3, options={"window": 3, "pinned": 100}),
 }
 
 
@@ -60,10 +65,11 @@ def test_padding_on_the_right(name: str, dtype: torch.dtype, amount: int, conten
         assert torch.equal(actual[4], expected[4])
 
 
+@pytest.mark.parametrize("name", ["nystrom", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_padding_on_the_left_and_holes(dtype: torch.dtype) -> None:
+def test_padding_on_the_left_and_holes(dtype: torch.dtype, name: str) -> None:
     """Tokens are packed by rank before anything is summed, so even these are equal to the bit on the CPU."""
-    p = CASES["nystrom"]
+    p = CASES[name]
     x, grad, expected = alone(p, dtype)
     mask = torch.rand(1, 2 * p.L, generator=torch.Generator().manual_seed(0)).argsort() < p.L
     places = (~mask[0]).nonzero()[:, 0]
@@ -75,7 +81,7 @@ def test_padding_on_the_left_and_holes(dtype: torch.dtype) -> None:
         assert torch.equal(a[:, :, places], e)
 
 
-@pytest.mark.parametrize("name", ["nystrom, convolution", "exact", "chunks"])
+@pytest.mark.parametrize("name", ["nystrom, convolution", "exact", "chunks", "window", "window, chunks"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_batch_mates_and_their_order(name: str, dtype: torch.dtype) -> None:
     p = CASES[name]
@@ -110,8 +116,10 @@ def test_the_global_coefficient_does_couple_the_batch() -> None:
         Problem(B=3, H=2, L=700, m=32, d=32, mask="holes"),
         Problem(B=2, H=4, L=300, m=16, kv_heads=2, mask="tail", options={"coefficient": "global"}),
         Problem(B=2, H=3, L=40, m=64, options={"dropout_p": 0.2}),
+        Problem(B=1, H=2, L=3000, m=16, d=16, options={"window": 16, "pinned": 2}),
+        Problem(B=2, H=4, L=300, m=16, kv_heads=2, mask="holes", options={"window": 9, "dropout_p": 0.2}),
     ],
-    ids=["one head", "masked", "grouped, global", "exact, dropout"],
+    ids=["one head", "masked", "grouped, global", "exact, dropout", "window", "window, grouped"],
 )
 def test_number_of_threads(p: Problem, dtype: torch.dtype) -> None:
     x = p.tensors(dtype)
@@ -125,8 +133,9 @@ def test_number_of_threads(p: Problem, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_repetition() -> None:
-    p = Problem(B=2, H=2, L=1100, m=16, d=16, taps=3, mask="holes")
+@pytest.mark.parametrize("options", [{}, {"window": 16, "pinned": 1}], ids=["plain", "window"])
+def test_repetition(options: dict[str, int]) -> None:
+    p = Problem(B=2, H=2, L=1100, m=16, d=16, taps=3, mask="holes", options=options)
     x = p.tensors(torch.float32)
     grad = torch.randn_like(x[0])
     torch.set_num_threads(2)
@@ -134,6 +143,22 @@ def test_repetition() -> None:
     for _ in range(100):
         again = run(nystrom_attention, p, x, grad)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2, "pinned": 3}, {"pinned": 50}], ids=["plain", "window", "pinned"])
+@pytest.mark.parametrize("valid", [0, 1, 7, 8, 9, 49, 50, 51, 100])
+def test_borders_of_the_regimes_in_self_attention(valid: int, options: dict[str, int]) -> None:
+    """As below with one mask for both sides; with everything pinned attention is exact too."""
+    m, n, d = 8, 120, 8
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, n, d, dtype=torch.float64)
+    mask = torch.arange(n)[None] >= valid
+    out = nystrom_attention(query, key, value, mask, query_padding_mask=mask, num_landmarks=m, **options)
+    x = [t[:, :, :valid] for t in (query, key, value)]
+    assert torch.equal(out[:, :, :valid], nystrom_attention(*x, num_landmarks=m, **options))
+    assert not out[:, :, valid:].any()
+    if 0 < valid <= max(m, options.get("pinned", 0)):
+        torch.testing.assert_close(out[:, :, :valid], torch.nn.functional.scaled_dot_product_attention(*x))
 
 
 @pytest.mark.parametrize("valid_queries", [0, 1, 7, 8, 9, 100])

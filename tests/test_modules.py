@@ -250,6 +250,10 @@ def test_other_messages():
         {"conv_kernel_size": 0},
         {"conv_kernel_size": 3, "add_bias_kv": True},
         {"conv_kernel_size": 3, "add_zero_attn": True},
+        {"window": -1},
+        {"pinned": 1.0},
+        {"window": 3, "add_bias_kv": True},
+        {"pinned": 3, "add_zero_attn": True},
     ],
     ids=str,
 )
@@ -287,6 +291,8 @@ def compose(m, query, key, value, kpm=None, query_mask=None, conv=None):
         pinv_iterations=m.pinv_iterations,
         coefficient=m.coefficient,
         conv_weight=conv,
+        window=m.window,
+        pinned=m.pinned,
     )
     return m.out_proj(out.transpose(1, 2).reshape(n, -1, E)), v
 
@@ -305,6 +311,7 @@ NYSTROM_VARIANTS = [
     {"add_bias_kv": True, "add_zero_attn": True, "bias": False},
     {"coefficient": "global"},
     {"conv_kernel_size": 4},
+    {"window": 3, "pinned": 1},
 ]
 
 
@@ -322,7 +329,7 @@ def test_self_attention_is_the_definition(variant, mask):
     assert_close(gradients(m, out), gradients(m, expected))
 
 
-@pytest.mark.parametrize("variant", NYSTROM_VARIANTS[:-1], ids=str)
+@pytest.mark.parametrize("variant", NYSTROM_VARIANTS[:-2], ids=str)
 @pytest.mark.parametrize("masked", [True, False])
 def test_cross_attention_is_the_definition(variant, masked):
     m = make(batch_first=True, **variant)
@@ -559,6 +566,17 @@ def test_copies():
         assert other.in_proj_weight is not m.in_proj_weight
 
 
+@pytest.mark.parametrize("option", [{"window": 2}, {"pinned": 1}], ids=str)
+def test_window_is_for_self_attention(option):
+    m = make(batch_first=True, **option)
+    x = torch.randn(N, L, E, dtype=f64)
+    short = x[:, :M]
+    assert m(x, short, short, need_weights=False)[0].shape == x.shape  # exact, whatever the options
+    for key in (x.clone(), x[:, :-1]):
+        with pytest.raises(ValueError, match="need self-attention.*that is not the query.*window=0, pinned=0"):
+            m(x, key, key, need_weights=False)
+
+
 def test_hook_survives_hooks_of_a_new_process(monkeypatch):
     monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as in the process that loads a pickle
     m = make()
@@ -568,7 +586,9 @@ def test_hook_survives_hooks_of_a_new_process(monkeypatch):
 
 def test_repr():
     text = repr(make(coefficient="global", conv_kernel_size=3))
-    assert "num_landmarks=6, pinv_iterations=6, coefficient='global', unsupported_mask='error'" in text
+    assert (
+        "num_landmarks=6, pinv_iterations=6, coefficient='global', unsupported_mask='error', window=0, pinned=0" in text
+    )
     assert "taps=3" in text
 
 

@@ -42,6 +42,36 @@ PROBLEMS = {
     "no iterations": Problem(L=50, m=8, options={"pinv_iterations": 0}),
     "iterations": Problem(L=50, m=8, options={"pinv_iterations": 9}),
     "scale": Problem(L=50, m=8, options={"scale": -0.7}),
+    "window": Problem(L=100, m=16, d=20, e=7, options={"window": 5}),
+    "pinned": Problem(L=100, m=16, options={"pinned": 3}),
+    "window and pinned, holes": Problem(
+        B=3, L=200, m=16, d=32, e=48, mask="holes", options={"window": 16, "pinned": 1}
+    ),
+    "window, a sample without keys": Problem(B=3, L=60, m=8, mask="all", options={"window": 2, "pinned": 2}),
+    "window, exact samples beside": Problem(B=4, L=30, m=16, mask="tail", options={"window": 3, "pinned": 4}),
+    "window over everything": Problem(L=90, m=8, mask="tail", options={"window": 10**9}),
+    "window over several segments": Problem(L=120, m=40, mask="holes", options={"window": 17, "pinned": 2}),
+    "window of one": Problem(L=90, m=80, options={"window": 1}),
+    "whole segments pinned": Problem(L=90, m=16, mask="holes", options={"window": 4, "pinned": 13}),
+    "more pinned than landmarks": Problem(B=3, L=90, m=4, mask="tail", options={"window": 4, "pinned": 40}),
+    "everything pinned": Problem(L=50, m=4, options={"pinned": 10**9}),
+    "window, convolution": Problem(L=150, m=16, taps=9, mask="holes", options={"window": 6, "pinned": 2}),
+    "window, dropout": Problem(L=150, m=37, mask="holes", options={"window": 6, "pinned": 5, "dropout_p": 0.3}),
+    "pinned, dropout": Problem(L=150, m=8, mask="tail", options={"pinned": 20, "dropout_p": 0.3}),
+    "window, dropout of everything": Problem(L=100, options={"window": 3, "dropout_p": 1.0}),
+    "window, global": Problem(
+        B=3, L=100, m=16, mask="holes", options={"window": 4, "pinned": 1, "coefficient": "global"}
+    ),
+    "window, grouped queries": Problem(
+        H=6, kv_heads=2, L=130, m=16, taps=3, mask="holes", options={"window": 9, "pinned": 2}
+    ),
+    "window, several chunks": Problem(B=2, H=1, L=2500, m=16, mask="holes", options={"window": 40, "pinned": 1}),
+    "a chunk of pinned tokens": Problem(B=1, H=1, L=1500, m=16, options={"window": 3, "pinned": 1100}),
+    "window, negative scale": Problem(L=50, m=8, options={"window": 3, "pinned": 1, "scale": -0.7}),
+    "window, scale 0": Problem(L=50, m=8, options={"window": 3, "scale": 0.0}),
+    "window, no iterations": Problem(L=50, m=8, options={"window": 3, "pinned": 1, "pinv_iterations": 0}),
+    "window, m = 1": Problem(L=50, m=1, d=3, options={"window": 3, "pinned": 1}),
+    "window, d above the packed depth": Problem(B=1, H=1, L=70, m=8, d=300, e=280, options={"window": 20}),
 }
 
 
@@ -51,10 +81,22 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     check(PROBLEMS[name], dtype)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 16, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_input_regimes(regime: str, dtype: torch.dtype) -> None:
-    check(Problem(B=1, H=1, L=1024, m=64, d=64), dtype, REGIMES[regime])
+def test_input_regimes(regime: str, dtype: torch.dtype, options: dict[str, int]) -> None:
+    check(Problem(B=1, H=1, L=1024, m=64, d=64, options=options), dtype, REGIMES[regime])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_of_zero_are_the_plain_operator(dtype: torch.dtype) -> None:
+    p = Problem(L=300, m=16, mask="holes")
+    x = p.tensors(dtype)
+    grad = torch.randn_like(x[0])
+    for a, b in zip(
+        run(nystrom_attention, p, x, grad), run(nystrom_attention, p, x, grad, window=0, pinned=0), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 # Around the borders of the CUDA kernels' tiles: 64 rows, 16 to 64 columns, 256 and 1024 tokens, head dims 32 to 256.
@@ -86,10 +128,13 @@ def test_borders_of_tiles(name: str, dtype: torch.dtype) -> None:
     check(TILES[name], dtype)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 16, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_16_bit_is_never_worse_than_the_eager_composition(regime: str, dtype: torch.dtype) -> None:
-    p = Problem(B=1, H=1, L=256, m=32, d=32)
+def test_16_bit_is_never_worse_than_the_eager_composition(
+    regime: str, dtype: torch.dtype, options: dict[str, int]
+) -> None:
+    p = Problem(B=1, H=1, L=256, m=32, d=32, options=options)
     x = p.tensors(dtype, REGIMES[regime])
     grad = torch.randn_like(x[0])
     truth = run(reference.nystrom_attention, p, [t.detach().double().requires_grad_() for t in x], grad)
@@ -114,10 +159,16 @@ def test_16_bit_is_never_worse_than_the_eager_composition(regime: str, dtype: to
     mask=st.sampled_from(["none", "tail", "holes", "all"]),
     coefficient=st.sampled_from(["per_head", "global"]),
     dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
+    window=st.sampled_from([0, 0, 1, 2, 5, 20, 150]),
+    pinned=st.sampled_from([0, 0, 1, 2, 9, 60]),
 )
-def test_random_problems(B, kv_heads, group, L, S, self_attention, d, e, m, taps, mask, coefficient, dropout_p) -> None:
+def test_random_problems(
+    B, kv_heads, group, L, S, self_attention, d, e, m, taps, mask, coefficient, dropout_p, window, pinned
+) -> None:
     options = {"coefficient": coefficient, "dropout_p": dropout_p}
     S = L if self_attention else S
+    if L == S:
+        options |= {"window": window, "pinned": pinned}
     p = Problem(B, kv_heads * group, L, S, d, e, m, taps if L == S else 0, mask, kv_heads, options)
     check(p, torch.float64)
 
@@ -135,10 +186,11 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 7, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [16, 5])
-def test_layouts_change_nothing(dtype: torch.dtype, d: int) -> None:
-    p = Problem(L=120, m=16, d=d, mask="holes")
+def test_layouts_change_nothing(dtype: torch.dtype, d: int, options: dict[str, int]) -> None:
+    p = Problem(L=120, m=16, d=d, mask="holes", options=options)
     x = [t.detach() for t in p.tensors(dtype)]
     grad = torch.randn_like(x[0])
     expected = run(nystrom_attention, p, [t.requires_grad_() for t in x], grad)
@@ -170,8 +222,11 @@ def test_expanded_inputs_and_gradients() -> None:
         Problem(B=2, H=1, L=3, S=9, m=4, d=2),
         Problem(B=2, H=2, L=9, S=4, m=4, d=2, kv_heads=1),
         Problem(B=2, H=2, L=12, m=3, d=3, options={"coefficient": "global"}),
+        Problem(B=1, H=2, L=14, m=3, d=3, e=2, kv_heads=1, mask="holes", options={"window": 2, "pinned": 1}),
+        Problem(B=1, H=1, L=14, m=4, d=2, options={"pinned": 5}),
+        Problem(B=2, H=1, L=14, m=4, d=2, options={"window": 1, "coefficient": "global"}),
     ],
-    ids=["self", "cross", "few queries", "few keys, grouped", "global"],
+    ids=["self", "cross", "few queries", "few keys, grouped", "global", "window", "pinned", "window, global"],
 )
 def test_gradcheck(p: Problem) -> None:
     x = p.tensors(torch.float64)
@@ -222,19 +277,18 @@ def test_no_keys_at_all_gives_zeros() -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "holes"])
-@pytest.mark.parametrize("L, S", [(90, 90), (5, 90), (90, 5)])
-def test_weights_are_those_the_operator_applies(mask: str, L: int, S: int) -> None:
+@pytest.mark.parametrize("L, S, window, pinned", [(90, 90, 0, 0), (5, 90, 0, 0), (90, 5, 0, 0), (90, 90, 4, 2)])
+def test_weights_are_those_the_operator_applies(mask: str, L: int, S: int, window: int, pinned: int) -> None:
     p = Problem(L=L, S=S, mask=mask)
     query, key, value = p.tensors(torch.float64)
     keys, queries = p.masks()
-    weights = nystrom_attention_weights(query, key, keys, query_padding_mask=queries, num_landmarks=p.m)
-    out = nystrom_attention(query, key, value, keys, query_padding_mask=queries, num_landmarks=p.m)
+    options = {"query_padding_mask": queries, "num_landmarks": p.m, "window": window, "pinned": pinned}
+    weights = nystrom_attention_weights(query, key, keys, **options)
+    out = nystrom_attention(query, key, value, keys, **options)
     assert relative_rms(weights @ value, out) < 1e-12
     if keys is not None:
         assert not weights.masked_select(keys[:, None, None]).any()
-    averaged = nystrom_attention_weights(
-        query, key, keys, query_padding_mask=queries, num_landmarks=p.m, average_heads=True
-    )
+    averaged = nystrom_attention_weights(query, key, keys, average_heads=True, **options)
     assert torch.equal(averaged, weights.mean(1))
 
 

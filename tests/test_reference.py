@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nystrom_ext import reference
 
@@ -21,6 +23,52 @@ def test_paper_formula_on_equal_segments() -> None:
         az = a @ z
         z = z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az))) / 4
     torch.testing.assert_close(reference.nystrom_attention(q, k, v, num_landmarks=m), p1 @ z @ p3 @ v)
+
+
+def columns_of_one_query(i: int, q: Tensor, k: Tensor, v: Tensor, m: int, w: int, p: int) -> tuple[Tensor, Tensor]:
+    """Logits and values of query i's columns with a window w and p pinned tokens, token by token, for one head."""
+    n, s = len(q), q.shape[1] ** -0.5
+    segments = [range(j * n // m, (j + 1) * n // m) for j in range(m)]
+    free = [[t for t in segment if t >= p] for segment in segments]
+    qt = torch.stack([q[list(segment)].mean(0) for segment in segments])
+    alive = [j for j in range(m) if free[j]]
+    kt = {j: k[free[j]].mean(0) for j in alive}
+    u = torch.stack([(s * k[p:] @ qt[j]).softmax(0) @ v[p:] for j in range(m)])
+    a = torch.zeros(m, m, dtype=q.dtype)
+    a[:, alive] = torch.stack([torch.stack([s * qt[r] @ kt[j] for j in alive]).softmax(0) for r in range(m)])
+    values = reference.core(a, u, a.sum(0).max(), 6)
+
+    near = [t for t in range(p, n) if abs(t - i) <= w] if w else []
+    sigma = next(j for j in range(m) if i in segments[j])
+    everything = (s * k[p:] @ qt[sigma]).exp().sum()
+    landmarks = sum(len(free[j]) * (s * qt[sigma] @ kt[j]).exp() for j in alive)
+    weights = [(s * q[i] @ k[t]).exp() for t in [*range(p), *near]]
+    rows = [v[t] for t in [*range(p), *near]]
+    for j in alive:
+        outside = len(set(free[j]) - set(near))
+        weights.append(outside * (s * q[i] @ kt[j]).exp() * everything / landmarks)
+        rows.append(values[j])
+    return torch.stack(weights), torch.stack(rows)
+
+
+@pytest.mark.parametrize("w, p", [(3, 0), (0, 2), (3, 1), (7, 9), (40, 0), (40, 3), (1, 20)])
+def test_window_and_pinned_tokens_query_by_query(w: int, p: int) -> None:
+    """Means of the values under weights exp(logit), with sets of tokens instead of masks."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 41, 4, dtype=torch.float64)
+    out = reference.nystrom_attention(q[None, None], k[None, None], v[None, None], num_landmarks=6, window=w, pinned=p)
+    for i in range(len(q)):
+        weights, values = columns_of_one_query(i, q, k, v, 6, w, p)
+        torch.testing.assert_close(out[0, 0, i], weights @ values / weights.sum())
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 30}, {"window": 29, "pinned": 2}, {"pinned": 30}, {"pinned": 90}], ids=str
+)
+def test_a_window_over_everything_is_exact(options: dict[str, int]) -> None:
+    x = torch.randn(3, 1, 2, 30, 8, dtype=torch.float64)
+    out = reference.nystrom_attention(*x, num_landmarks=4, **options)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*x))
 
 
 def test_exact_regime_is_softmax_attention() -> None:

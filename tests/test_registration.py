@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ OPS = torch.ops.nystrom_ext
         Problem(L=40, S=70, mask="tail", options={"coefficient": "global"}),
         Problem(L=6, S=40),
         Problem(H=4, kv_heads=2, L=40),
+        Problem(L=40, e=12, mask="holes", options={"window": 3, "pinned": 2}),
     ],
-    ids=["self", "cross, global", "few queries", "grouped"],
+    ids=["self", "cross, global", "few queries", "grouped", "window"],
 )
 def test_opcheck_public(p: Problem, dtype: torch.dtype, grad: bool) -> None:
     x = [t.detach().requires_grad_(grad) for t in p.tensors(dtype)]
@@ -38,11 +40,11 @@ def test_opcheck_public(p: Problem, dtype: torch.dtype, grad: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("taps", [0, 3])
-@pytest.mark.parametrize("L, m", [(40, 8), (40, 64)])
-def test_opcheck_internal(L: int, m: int, taps: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("L, m, window, pinned", [(40, 8, 0, 0), (40, 64, 0, 0), (40, 8, 3, 2), (40, 64, 3, 2)])
+def test_opcheck_internal(L: int, m: int, window: int, pinned: int, taps: int, dtype: torch.dtype) -> None:
     x = [t.detach() for t in Problem(L=L, e=12, taps=taps).tensors(dtype)]
     mask, rng = padding_mask("holes", 2, L), torch.tensor([1, 2])
-    options = (m, 6, 0.3, 0.2, False)
+    options = (m, 6, 0.3, 0.2, False, window, pinned)
     inputs = (*x[:3], mask, mask, x[3] if taps else None, rng)
     opcheck(OPS._attention_forward.default, (*inputs, *options))
     out, *saved = OPS._attention_forward(*inputs, *options)
@@ -60,10 +62,11 @@ class Layer(torch.nn.Module):
         return nystrom_attention(x, key, value, mask, query_padding_mask=mask, **self.options).tanh()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 4, "pinned": 1}], ids=["plain", "window"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_without_graph_breaks_or_recompilation(backend: str) -> None:
+def test_compile_without_graph_breaks_or_recompilation(backend: str, options: dict[str, int]) -> None:
     torch._dynamo.reset()
-    layer = Layer(num_landmarks=16)
+    layer = Layer(num_landmarks=16, **options)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (100, 131, 257):
@@ -90,8 +93,9 @@ def test_compiled_dropout_is_seeded() -> None:
     assert not torch.equal(results[0][0], results[2][0])
 
 
-def test_export_with_a_dynamic_length(tmp_path: Any) -> None:
-    layer = Layer(num_landmarks=16).eval()
+@pytest.mark.parametrize("options", [{}, {"window": 4, "pinned": 1}], ids=["plain", "window"])
+def test_export_with_a_dynamic_length(tmp_path: Any, options: dict[str, int]) -> None:
+    layer = Layer(num_landmarks=16, **options).eval()
     x = tuple(t.detach() for t in Problem(L=100).tensors(torch.float32))
     n = torch.export.Dim("n", min=2, max=100_000)
     shapes = {name: {2: n} for name in ("query", "key", "value")}
@@ -164,7 +168,7 @@ def test_meta_and_fake_cuda_tensors() -> None:
     assert nystrom_attention(x, x, x).shape == x.shape
     with torch._subclasses.FakeTensorMode():  # below autograd, which needs a CUDA build of torch even for fake tensors
         y = torch.empty(2, 3, 100, 8, device="cuda")
-        none, options = (None,) * 4, (64, 6, 0.3, 0.0, False)
+        none, options = (None,) * 4, (64, 6, 0.3, 0.0, False, 16, 1)
         out, *saved = OPS._attention_forward(y, y, y, *none, *options)
         gradients = OPS._attention_backward(out, y, y, y, *none, *saved, *options)
         assert all(t.device.type == "cuda" and t.shape == y.shape for t in (out, *gradients[:3]))
@@ -173,10 +177,12 @@ def test_meta_and_fake_cuda_tensors() -> None:
 def test_saved_memory_does_not_grow_with_the_square() -> None:
     """Saved for backward: the inputs and m-sized buffers, nothing of n x m."""
     sizes = {}
-    for n in (1024, 4096):
+    for n, options in itertools.product((1024, 4096), ({}, {"window": 16, "pinned": 3})):
         x = torch.randn(1, 2, n, 16, requires_grad=True)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
-            nystrom_attention(x, x, x, num_landmarks=64)
-        sizes[n] = sum(saved) - 3 * x.numel()
-    assert sizes[1024] == sizes[4096] == 2 * 64 * (4 * 16 + 1)
+            nystrom_attention(x, x, x, num_landmarks=64, **options)
+        sizes[n, bool(options)] = sum(saved) - 3 * x.numel()
+    plain = 2 * 64 * (4 * 16 + 1)
+    window = plain + 2 * (64 + 2 * 3 * 16)
+    assert sizes == {(1024, False): plain, (4096, False): plain, (1024, True): window, (4096, True): window}

@@ -17,6 +17,8 @@ from nystrom_ext.modules import Options  # noqa: E402
 
 integration.register(name="nystrom-8", num_landmarks=M)
 integration.register(name="nystrom-8-exact", num_landmarks=M, unsupported_mask="exact")
+integration.register(name="nystrom-8-window", num_landmarks=M, window=3, pinned=1)
+integration.register(name="nystrom-8-window-exact", num_landmarks=M, window=3, pinned=1, unsupported_mask="exact")
 
 
 @pytest.fixture
@@ -50,10 +52,11 @@ def test_up_to_m_tokens_models_compute_what_sdpa_computes(name, training, ran):
     assert (ran.sdpa, ran.nystrom) == (LAYERS, 0)  # "sdpa" itself does not pass through our function
 
 
+@pytest.mark.parametrize("implementation", ["nystrom-8", "nystrom-8-window"])
 @pytest.mark.parametrize("name", MODELS)
-def test_beyond_m_tokens_every_layer_runs_the_operator(name, ran, monkeypatch):
+def test_beyond_m_tokens_every_layer_runs_the_operator(name, implementation, ran, monkeypatch):
     exact = hidden(build(name), inputs(name, valid=25))
-    model = build(name, "nystrom-8")
+    model = build(name, implementation)
     out = hidden(model, inputs(name, valid=25))
     assert (ran.sdpa, ran.nystrom) == (0, LAYERS)
     assert integration.check(model) and not torch.allclose(out, exact, atol=1e-4)
@@ -61,9 +64,10 @@ def test_beyond_m_tokens_every_layer_runs_the_operator(name, ran, monkeypatch):
     torch.testing.assert_close(hidden(model, inputs(name, valid=25)), out, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["nystrom-8", "nystrom-8-window"])
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_padding_never_matters(name):
-    model = build(name, "nystrom-8")
+def test_padding_never_matters(name, implementation):
+    model = build(name, implementation)
     alone = {key: x[:1] for key, x in inputs(name, length=20).items()}
     expected = hidden(model, alone)[0]
     for length in (21, 32, 60):
@@ -201,6 +205,16 @@ def test_cross_attention_keeps_its_queries(ran):
     with pytest.raises(NotImplementedError, match="cross-attention of a causal decoder"):
         call(padding(), module=module)
     call(padding(), module=module, L=1)
+
+
+def test_a_window_is_refused_where_it_may_be_cross_attention(ran):
+    call(padding(), name="nystrom-8-window")
+    assert (ran.arguments[1]["window"], ran.arguments[1]["pinned"]) == (3, 1)
+    for arguments in ({"module": EitherAttention()}, {"module": CrossAttention()}, {"L": 12}):
+        with pytest.raises(NotImplementedError, match="may be cross-attention with window=3 and pinned=1 is not supp"):
+            call(padding(), name="nystrom-8-window", **arguments)
+        exact = call(padding(), name="nystrom-8-window-exact", **arguments)
+        assert torch.equal(exact, call(padding()[:, None, None], name="sdpa", **arguments))
 
 
 def test_dropout_reaches_the_operator(ran):

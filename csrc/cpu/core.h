@@ -60,8 +60,11 @@ void product(int64_t m, int64_t ld, const A* a, const A* b, A* c, A alpha = A(1)
 template <class A>
 void similarity(const Forward& f, const Head& s, const CoreScratch<A>& scratch) {
   const int64_t m = f.landmarks, ld = padded(m), width = f.head_width();
-  transpose(slice<A>(f.kt, s.n, f.keys.landmarks, width), m, f.head_dim, width, scratch.kt, ld, A(f.scale));
+  transpose(slice<A>(f.kt, s.n, f.columns(), width), m, f.head_dim, width, scratch.kt, ld, A(f.scale));
   gemm<false>(m, ld, f.head_dim, slice<A>(f.qt, s.n, f.queries.landmarks, width), width, scratch.kt, ld, scratch.a, ld);
+  for (int64_t j = 0; s.key_end(j) <= s.pinned && s.pinned > 0; ++j) {  // a segment of pinned tokens is no column
+    for (int64_t i = 0; i < m; ++i) scratch.a[i * ld + j] = A(-__builtin_inf());
+  }
   softmax_rows(scratch.a, m, m, ld);
 }
 
@@ -110,6 +113,28 @@ A iterate_core(const Forward& f, const Head& s, const double* given, const CoreS
   return c;
 }
 
+// t1 = s Qt Kt^T + log c_J, the landmarks' share of the logits of mathematics.md, section 6; kt is from `similarity`.
+template <class A>
+void counted_scores(const Forward& f, const Head& s, const CoreScratch<A>& scratch) {
+  const int64_t m = f.landmarks, ld = padded(m), width = f.head_width();
+  for (int64_t j = 0; j < ld; ++j) {
+    const A count = j < m ? log_count<A>(s.key_end(j) - s.key_begin(j)) : -A(__builtin_inf());
+    for (int64_t i = 0; i < m; ++i) scratch.t1[i * ld + j] = count;
+  }
+  gemm<false>(m, ld, f.head_dim, slice<A>(f.qt, s.n, f.queries.landmarks, width), width, scratch.kt, ld, scratch.t1, ld,
+              A(1), true);
+}
+
+// missed = LSE3 - logsumexp_J(s Qt Kt^T + log c_J).
+template <class A>
+void missed_mass(const Forward& f, const Head& s, const CoreScratch<A>& scratch) {
+  const int64_t m = f.landmarks, rows = f.queries.landmarks;
+  counted_scores(f, s, scratch);
+  A* missed = slice<A>(f.missed, s.n, rows);
+  softmax_rows<true>(scratch.t1, m, m, padded(m), missed);
+  for (int64_t i = 0; i < m; ++i) missed[i] = slice<A>(f.lse, s.n, rows)[i] - missed[i];
+}
+
 // Task: problem. c[n] = the head's own coefficient; 0 outside the Nyström regime. For option "global" only.
 template <class T>
 void core_coefficient(const Forward& f, double* c, int64_t begin, int64_t end) {
@@ -133,9 +158,9 @@ void core(const Forward& f, const double* c, int64_t begin, int64_t end) {
   const int64_t m = f.landmarks, ld = padded(m), width = f.value_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(f, n);
-    A* w = slice<A>(f.w, n, f.keys.landmarks, width);
+    A* w = slice<A>(f.w, n, f.columns(), width);
+    const Rows<T> value = key_rows<T>(f.value, s, f.value_dim);
     if (s.regime == Regime::exact_keys) {
-      const Rows<T> value = key_rows<T>(f.value, s, f.value_dim);
       for (int64_t j = 0; j < s.key_rows; ++j) value.read(value.position(j), w + j * width);
     }
     if (s.regime != Regime::nystrom) continue;
@@ -143,6 +168,8 @@ void core(const Forward& f, const double* c, int64_t begin, int64_t end) {
     iterate_core(f, s, c, *scratch, &argmax);
     gemm<false>(m, width, m, scratch->iterate(f.iterations).z, ld, slice<A>(f.u, n, f.queries.landmarks, width), width,
                 w, width);
+    for (int64_t r = 0; r < s.pinned; ++r) value.read(value.position(r), w + (m + r) * width);
+    if (s.extended) missed_mass(f, s, *scratch);
   }
 }
 

@@ -51,15 +51,35 @@ void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, int64_t 
   product_at(m, a, s.dx, s.dz_next, A(1), true);             // dZ += A^T dX
 }
 
-// Through A = softmax(s Qt Kt^T): s.da becomes s dS2; dQt (+)= s dS2 Kt, dKt += s dS2^T Qt.
+// s.da holds s dS2: dQt (+)= s dS2 Kt, dKt += s dS2^T Qt.
+template <class A>
+void scores_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s, bool add_dqt) {
+  const int64_t m = g.landmarks, ld = padded(m), d = g.head_width();
+  gemm<false>(m, d, m, s.da, ld, slice<A>(g.kt, h.n, g.columns(), d), d, slice<A>(g.dqt, h.n, g.queries.landmarks, d),
+              d, A(1), add_dqt);
+  gemm<true>(m, d, m, s.da, ld, slice<A>(g.qt, h.n, g.queries.landmarks, d), d, slice<A>(g.dkt, h.n, g.columns(), d), d,
+             A(1), true);
+}
+
+// Through missed = LSE3 - logsumexp_J(s Qt Kt^T + log c_J), whose second part has the gradient -s dmissed B with B the
+// softmax of those scores; LSE3's share is in delta3.
+template <class A>
+void missed_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s) {
+  const int64_t m = g.landmarks, ld = padded(m);
+  counted_scores(g, h, s.forward);
+  softmax_rows(s.forward.t1, m, m, ld);
+  const A* dmissed = slice<A>(g.dmissed, h.n, g.queries.landmarks);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < ld; ++j) s.da[i * ld + j] = -A(g.scale) * dmissed[i] * s.forward.t1[i * ld + j];
+  }
+  scores_backward(g, h, s, true);
+}
+
+// Through A = softmax(s Qt Kt^T): s.da becomes s dS2.
 template <class A>
 void similarity_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s, bool add_dqt) {
-  const int64_t m = g.landmarks, ld = padded(m), d = g.head_width();
-  softmax_rows_backward(s.forward.a, s.da, m, ld, A(g.scale));
-  gemm<false>(m, d, m, s.da, ld, slice<A>(g.kt, h.n, g.keys.landmarks, d), d,
-              slice<A>(g.dqt, h.n, g.queries.landmarks, d), d, A(1), add_dqt);
-  gemm<true>(m, d, m, s.da, ld, slice<A>(g.qt, h.n, g.queries.landmarks, d), d,
-             slice<A>(g.dkt, h.n, g.keys.landmarks, d), d, A(1), true);
+  softmax_rows_backward(s.forward.a, s.da, g.landmarks, padded(g.landmarks), A(g.scale));
+  scores_backward(g, h, s, add_dqt);
 }
 
 // dU, delta3, dQt, dKt of one problem in the Nyström regime; returns the gradient of c.
@@ -69,7 +89,7 @@ A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBack
   int64_t argmax;
   const A used = iterate_core(g, h, c, s.forward, &argmax);
 
-  const A* dw = slice<A>(g.dw, h.n, g.keys.landmarks, e);
+  const A* dw = slice<A>(g.dw, h.n, g.columns(), e);
   A* u = slice<A>(g.u, h.n, g.queries.landmarks, e);
   transpose(u, m, g.value_dim, e, s.ut, ld);
   gemm<false>(m, ld, g.value_dim, dw, e, s.ut, ld, s.dz, ld);  // dZ = dW U^T
@@ -94,6 +114,7 @@ A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBack
     for (int64_t i = 0; i < m; ++i) s.da[i * ld + argmax] += dc;
   }
   similarity_backward(g, h, s, false);
+  if (h.extended) missed_backward(g, h, s);
   return dc;
 }
 
@@ -118,6 +139,9 @@ void core_backward(const Backward& g, const double* c, double* dc, int64_t begin
       continue;
     }
     for (int64_t j = 0; j < s.query_rows; ++j) slice<A>(g.delta, n, rows)[j] = dot(du + j * e, u + j * e, e);
+    for (int64_t j = 0; s.extended && j < s.query_rows; ++j) {
+      slice<A>(g.delta, n, rows)[j] -= slice<A>(g.dmissed, n, rows)[j];
+    }
   }
 }
 

@@ -28,7 +28,8 @@ struct Kernels {
   void (*query_pass)(const Forward&, int64_t, int64_t);                       // (problem, query chunk)
 
   // backward
-  void (*query_pass_backward)(const Backward&, const Partials&, int64_t, int64_t);  // (problem, query chunk); dW, dKt
+  void (*query_pass_backward)(const Backward&, const Partials&, int64_t,
+                              int64_t);  // (problem, query chunk); dW, dKt, dmissed
   void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
   void (*core_backward)(const Backward&, const double* c, double* dc, int64_t, int64_t);  // problem
   void (*coefficient_backward)(const Backward&, int64_t problem, double dc);  // the one problem that attains a global c

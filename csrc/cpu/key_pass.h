@@ -4,7 +4,7 @@
 // landmark per vector lane, and the tile serves as the transposed operand of U += P^T V as it stands.
 #pragma once
 
-#include "philox.h"
+#include "window.h"
 
 namespace {
 
@@ -79,12 +79,13 @@ void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t
     transpose(slice<A>(f.qt, s.n, rows, f.head_width()), s.query_rows, f.head_dim, f.head_width(), scratch->qt, m,
               A(f.scale));
     const Rows<T> key = key_rows<T>(f.key, s, f.head_dim), value = key_rows<T>(f.value, s, f.value_dim);
-    for (int64_t i = from; i < to; i += kBlock) {
+    const int64_t first = from < s.pinned ? s.pinned : from;
+    for (int64_t i = first; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
       const Tile<A> k = key.read(i, n, scratch->key);
       gemm<false>(n, m, f.head_dim, k.data, k.ld, scratch->qt, m, scratch->scores, m);
       online_softmax(scratch->scores, n, m, maxima, sums, scratch->rescale);
-      if (i > from) scale_rows(u, scratch->rescale, s.query_rows, width);
+      if (i > first) scale_rows(u, scratch->rescale, s.query_rows, width);
       if (dropout.on() && s.regime == Regime::exact_queries) drop_columns(dropout, s, i, n, scratch->scores, m);
       const Tile<A> v = value.read(i, n, scratch->value);
       gemm<true>(s.query_rows, width, n, scratch->scores, m, v.data, v.ld, u, width, A(1), true);
@@ -100,7 +101,7 @@ void key_pass_merge(const Forward& f, const Partials& partials, int64_t begin, i
   const int64_t rows = f.queries.landmarks, width = f.value_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(f, n);
-    if (s.keys <= f.landmarks) continue;
+    if (s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
     const int64_t used = divide_up(s.keys, chunk);
     for (int64_t j = 0; j < s.query_rows; ++j) {
       const auto at = [&](void* buffer, int64_t c) { return slice<A>(buffer, n * n_chunks + c, padded(rows))[j]; };
@@ -124,6 +125,7 @@ template <class A>
 struct KeyPassBackwardScratch {
   A *qt, *dut, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta;
   A *taps, *window, *dtaps;
+  WindowScratch<A> near;
   KeyPassBackwardScratch() = default;
   KeyPassBackwardScratch(Arena& arena, const Problem& p) {
     const int64_t m = padded(p.queries.landmarks), d = p.head_width(), e = p.value_width();
@@ -140,6 +142,7 @@ struct KeyPassBackwardScratch {
     taps = arena.take<A>(p.taps);
     window = arena.take<A>(p.taps ? (kBlock + p.taps) * e : 0);
     dtaps = arena.take<A>(p.taps * Simd<A>::width);
+    near = WindowScratch<A>(arena, p);
   }
 };
 
@@ -167,18 +170,20 @@ void key_pass_probabilities(const Backward& g, const Head& s, const Dropout& dro
 }
 
 // Each key gets its share of its landmark's gradient, dKt_j / |segment j|. In the exact regime segments hold one key,
-// and dW_j is the value's own gradient.
+// and dW_j is the value's own gradient. A pinned token has a row to itself.
 template <class A>
 void add_landmark_gradients(const Backward& g, const Head& s, int64_t first, int64_t n, A* dkey, A* dvalue) {
   const int64_t d = g.head_width(), e = g.value_width();
-  const A* dkt = slice<A>(g.dkt, s.n, g.keys.landmarks, d);
-  const A* dw = slice<A>(g.dw, s.n, g.keys.landmarks, e);
+  const A* dkt = slice<A>(g.dkt, s.n, g.columns(), d);
+  const A* dw = slice<A>(g.dw, s.n, g.columns(), e);
   int64_t j = 0;
   for (int64_t i = 0; i < n; ++i) {
-    while (s.key_offsets[j + 1] <= first + i) ++j;
-    const A size = A(s.key_offsets[j + 1] - s.key_offsets[j]);
-    for (int64_t x = 0; x < d; ++x) dkey[i * d + x] += dkt[j * d + x] / size;
-    if (s.regime == Regime::exact_keys) add(dvalue + i * e, dw + j * e, e);
+    const bool pinned = first + i < s.pinned;
+    while (!pinned && s.key_end(j) <= first + i) ++j;
+    const int64_t row = pinned ? s.key_rows + first + i : j;
+    const A size = A(pinned ? 1 : s.key_end(j) - s.key_begin(j));
+    for (int64_t x = 0; x < d; ++x) dkey[i * d + x] += dkt[row * d + x] / size;
+    if (pinned || s.regime == Regime::exact_keys) add(dvalue + i * e, dw + row * e, e);
   }
 }
 

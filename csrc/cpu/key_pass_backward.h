@@ -4,6 +4,7 @@
 
 #include "convolution.h"
 #include "key_pass.h"
+#include "window_backward.h"
 
 namespace {
 
@@ -13,11 +14,14 @@ void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t
                         const KeyPassBackwardScratch<A>& scratch, A* dqt) {
   const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
   if (s.regime == Regime::nystrom || s.regime == Regime::exact_queries) {
-    key_pass_probabilities(g, s, Dropout(g, s.n), first, n, k, v, scratch);
+    const int64_t skip = first < s.pinned ? (s.pinned - first < n ? s.pinned - first : n) : 0, left = n - skip;
+    k.data += skip * k.ld;
+    v.data += skip * v.ld;
+    key_pass_probabilities(g, s, Dropout(g, s.n), first + skip, left, k, v, scratch);
     const A *p = scratch.scores, *ds = scratch.dscores;
-    gemm<false>(n, e, s.query_rows, p, m, slice<A>(g.du, s.n, rows, e), e, scratch.dvalue, e, A(1), true);
-    gemm<false>(n, d, s.query_rows, ds, m, slice<A>(g.qt, s.n, rows, d), d, scratch.dkey, d, A(1), true);
-    gemm<true>(s.query_rows, d, n, ds, m, k.data, k.ld, dqt, d, A(1), true);
+    gemm<false>(left, e, s.query_rows, p, m, slice<A>(g.du, s.n, rows, e), e, scratch.dvalue + skip * e, e, A(1), true);
+    gemm<false>(left, d, s.query_rows, ds, m, slice<A>(g.qt, s.n, rows, d), d, scratch.dkey + skip * d, d, A(1), true);
+    gemm<true>(s.query_rows, d, left, ds, m, k.data, k.ld, dqt, d, A(1), true);
   }
   if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) {
     add_landmark_gradients(g, s, first, n, scratch.dkey, scratch.dvalue);
@@ -31,6 +35,7 @@ void pack_query_head(const Backward& g, const Head& s, const KeyPassBackwardScra
   const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
   if (g.taps) read_taps<T>(g, s.h, true, scratch.taps);
   if (s.regime == Regime::exact_keys) return;
+  if (s.window > 0) scratch.near.prepare(s);
   transpose(slice<A>(g.qt, s.n, rows, d), s.query_rows, g.head_dim, d, scratch.qt, m, A(g.scale));
   transpose(slice<A>(g.du, s.n, rows, e), s.query_rows, g.value_dim, e, scratch.dut, m);
   for (int64_t j = 0; j < m; ++j) {  // columns beyond the landmarks: P3 = exp(0 - infinity) = 0
@@ -84,6 +89,7 @@ void key_pass_backward(const Backward& g, const Partials& partials, int64_t begi
         const int64_t part = s.n * n_chunks + c;
         if (i == from || group > 1) pack_query_head<T>(g, s, *scratch);
         key_block_backward(g, s, i, n, k, v, *scratch, slice<A>(partials.a, part, g.queries.landmarks, d));
+        if (s.window > 0) window_keys_backward<T>(g, s, i, n, k, v, scratch->near, scratch->dkey, scratch->dvalue);
         if (g.taps == 0) continue;
         constexpr int W = Simd<A>::width;
         fill(scratch->dtaps, g.taps * W, A(0));
@@ -106,7 +112,7 @@ void key_pass_backward_merge(const Backward& g, const Partials& partials, int64_
   const int64_t size = g.queries.landmarks * g.head_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
-    for (int64_t c = 0; s.keys > g.landmarks && c * chunk < s.keys; ++c) {
+    for (int64_t c = 0; s.regime >= Regime::exact_queries && c * chunk < s.keys; ++c) {
       add(slice<A>(g.dqt, n, size), slice<A>(partials.a, n * n_chunks + c, size), size);
     }
     if (g.taps == 0 || n >= g.heads) continue;

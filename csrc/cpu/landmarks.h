@@ -1,4 +1,5 @@
 // Stage `landmarks`: Qt_j, Kt_j = means of Q, K over the valid tokens of segment j (mathematics.md, sections 1 and 2).
+// Pinned tokens are left out of Kt_j and follow as rows of their own (section 6).
 #pragma once
 
 #include "tile.h"
@@ -27,7 +28,7 @@ void segment_mean(const Rows<T>& x, int64_t begin, int64_t end, Acc<T>* mean, co
     for (int64_t i = 0; i < count; ++i) add(scratch.partial, tile.data + i * tile.ld, width);
     add(mean, scratch.partial, width);
   }
-  const A size = A(end - begin);
+  const A size = A(end > begin ? end - begin : 1);  // an empty segment: zeros
   for (int64_t c = 0; c < width; ++c) mean[c] /= size;
 }
 
@@ -44,9 +45,12 @@ void landmarks(const Forward& f, int64_t begin, int64_t end) {
       segment_mean(query_rows<T>(f.query, s, f.head_dim), s.query_offsets[j], s.query_offsets[j + 1],
                    slice<A>(f.qt, s.n, f.queries.landmarks, width) + j * width, *scratch);
     }
+    const Rows<T> key = key_rows<T>(f.key, s, f.head_dim);
+    A* kt = slice<A>(f.kt, s.n, f.columns(), width) + j * width;
     if (j < s.key_rows) {
-      segment_mean(key_rows<T>(f.key, s, f.head_dim), s.key_offsets[j], s.key_offsets[j + 1],
-                   slice<A>(f.kt, s.n, f.keys.landmarks, width) + j * width, *scratch);
+      segment_mean(key, s.key_begin(j), s.key_end(j), kt, *scratch);
+    } else if (j < s.columns()) {
+      key.read(key.position(j - s.key_rows), kt);
     }
   }
 }
@@ -61,7 +65,7 @@ void landmarks_backward(const Backward& g, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const Head s(g, task / segments);
     const int64_t j = task % segments;
-    if (j >= s.query_rows || s.keys <= g.landmarks) continue;
+    if (j >= s.query_rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
     const A* dqt = slice<A>(g.dqt, s.n, segments, width) + j * width;
     const A size = A(s.query_offsets[j + 1] - s.query_offsets[j]);
     const Rows<T> dq = query_rows<T>(g.dquery, s, g.head_dim);

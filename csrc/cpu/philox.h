@@ -90,4 +90,12 @@ class Dropout {
   double multiplier_ = 1;
 };
 
+// P1's rows: queries by position, columns by landmark.
+template <class A>
+void drop_rows(const Dropout& dropout, const Head& s, int64_t first, int64_t n, A* x, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i) {
+    dropout.apply(s.query_index ? s.query_index[first + i] : first + i, x + i * ld, s.columns());
+  }
+}
+
 }  // namespace

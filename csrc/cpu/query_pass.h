@@ -6,22 +6,24 @@
 #pragma once
 
 #include "convolution.h"
-#include "philox.h"
+#include "window.h"
 
 namespace {
 
 template <class A>
 struct QueryPassScratch {
   A *kt, *scores, *query, *out, *taps, *window;
+  WindowScratch<A> near;
   QueryPassScratch() = default;
   QueryPassScratch(Arena& arena, const Problem& p) {
-    const int64_t m = padded(p.keys.landmarks);
+    const int64_t m = padded(p.columns());
     kt = arena.take<A>(p.head_dim * m);
-    scores = arena.take<A>(kBlock * m);
+    scores = arena.take<A>(kBlock * (m + band_width(p.window)));
     query = arena.take<A>(kBlock * p.head_width());
     out = arena.take<A>(kBlock * p.value_width());
     taps = arena.take<A>(p.taps);
     window = arena.take<A>(p.taps ? (kBlock + p.taps) * p.value_width() : 0);
+    near = WindowScratch<A>(arena, p);
   }
 };
 
@@ -33,11 +35,22 @@ void query_pass_probabilities(const Problem& p, const Head& s, int64_t n, Tile<A
   softmax_rows(scores, n, s.key_rows, m);
 }
 
-template <class A>
-void drop_rows(const Dropout& dropout, const Head& s, int64_t first, int64_t n, A* x, int64_t ld) {
-  for (int64_t i = 0; i < n; ++i) {
-    dropout.apply(s.query_index ? s.query_index[first + i] : first + i, x + i * ld, s.key_rows);
-  }
+// The same with the columns of the window and the pinned tokens in the softmax.
+template <class T>
+void window_block(const Forward& f, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
+                  const QueryPassScratch<Acc<T>>& scratch) {
+  using A = Acc<T>;
+  const int64_t m = padded(s.columns()), ld = m + band_width(s.window), e = f.value_width();
+  const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
+  const Around<A> near = read_keys_around<T>(f, s, first, n, scratch.near);
+  window_scores(f, s, first, n, q, near.key, scratch.kt, scratch.near, scratch.scores);
+  softmax_rows(scratch.scores, n, ld, ld);
+  if (dropout.on()) drop_window_rows(dropout, s, first, n, scratch.scores);
+  gemm<false>(n, e, s.columns(), scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), e), e, scratch.out, e);
+  for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
+    gemm<false>(rows, e, rows + 2 * s.window, scratch.scores + row * ld + m, ld, near.value.data + row * near.value.ld,
+                near.value.ld, scratch.out + row * e, e, A(1), true);
+  });
 }
 
 // One block of O before the convolution, by regime.
@@ -51,12 +64,14 @@ void query_block(const Forward& f, const Head& s, const Dropout& dropout, int64_
   } else if (s.regime == Regime::exact_queries) {
     const A* u = slice<A>(f.u, s.n, f.queries.landmarks, width);
     std::memcpy(scratch.out, u + first * width, size_t(n * width) * sizeof(A));
+  } else if (s.extended) {
+    window_block<T>(f, s, dropout, first, n, scratch);
   } else {
     const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
     query_pass_probabilities(f, s, n, q, scratch.kt, scratch.scores);
     if (dropout.on()) drop_rows(dropout, s, first, n, scratch.scores, m);
-    gemm<false>(n, width, s.key_rows, scratch.scores, m, slice<A>(f.w, s.n, f.keys.landmarks, width), width,
-                scratch.out, width);
+    gemm<false>(n, width, s.key_rows, scratch.scores, m, slice<A>(f.w, s.n, f.columns(), width), width, scratch.out,
+                width);
   }
 }
 
@@ -71,8 +86,9 @@ void query_pass(const Forward& f, int64_t begin, int64_t end) {
     const int64_t from = task % n_chunks * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
     if (from >= to) continue;
     const Dropout dropout(f, s.n);
-    transpose(slice<A>(f.kt, s.n, f.keys.landmarks, f.head_width()), s.key_rows, f.head_dim, f.head_width(),
-              scratch->kt, padded(s.key_rows), A(f.scale));
+    transpose(slice<A>(f.kt, s.n, f.columns(), f.head_width()), s.columns(), f.head_dim, f.head_width(), scratch->kt,
+              padded(s.columns()), A(f.scale));
+    if (s.extended) scratch->near.prepare(s);
     const Rows<T> out = query_rows<T>(f.out, s, f.value_dim);
     const Convolution<T> conv{rows<T>(f.value, s.b, s.kv, f.value_dim, nullptr),
                               f.keys.ignored ? f.keys.ignored + s.b * f.keys.length : nullptr,
@@ -99,16 +115,18 @@ void query_pass(const Forward& f, int64_t begin, int64_t end) {
 template <class A>
 struct QueryPassBackwardScratch {
   A *kt, *wt, *scores, *dscores, *query, *dout, *dquery;
+  WindowScratch<A> near;
   QueryPassBackwardScratch() = default;
   QueryPassBackwardScratch(Arena& arena, const Problem& p) {
-    const int64_t m = padded(p.keys.landmarks);
+    const int64_t m = padded(p.columns()), ld = m + band_width(p.window);
     kt = arena.take<A>(p.head_dim * m);
     wt = arena.take<A>(p.value_dim * m);
-    scores = arena.take<A>(kBlock * m);
-    dscores = arena.take<A>(kBlock * m);
+    scores = arena.take<A>(kBlock * ld);
+    dscores = arena.take<A>(kBlock * ld);
     query = arena.take<A>(kBlock * p.head_width());
     dout = arena.take<A>(kBlock * p.value_width());
     dquery = arena.take<A>(kBlock * p.head_width());
+    near = WindowScratch<A>(arena, p);
   }
 };
 
@@ -129,16 +147,48 @@ void query_block_backward(const Backward& g, const Head& s, const Dropout& dropo
   if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
   gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, dw, e, A(1), true);
   gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, dkt, d, A(1), true);
-  gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.keys.landmarks, d), d, scratch.dquery, d);
+  gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, scratch.dquery, d);
 }
 
-// Task: (problem, query chunk). Partials: a = dW, b = dKt.
+// The same with the columns of the window and the pinned tokens: dS1 sums to dmissed over the landmarks, and LSE1 and
+// delta1 = rowsum(P1 * dP1) are kept for the key pass, which gives each key its gradients as a column of the windows.
+template <class T>
+void window_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
+                           const QueryPassBackwardScratch<Acc<T>>& scratch, Acc<T>* dw, Acc<T>* dkt, Acc<T>* dmissed) {
+  using A = Acc<T>;
+  const int64_t m = padded(s.columns()), ld = m + band_width(s.window), d = g.head_width(), e = g.value_width();
+  const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
+  const Tile<A> dout = query_rows<T>(g.out, s, g.value_dim).read(first, n, scratch.dout);
+  const Around<A> near = read_keys_around<T>(g, s, first, n, scratch.near);
+  A *p = scratch.scores, *ds = scratch.dscores;
+  window_scores(g, s, first, n, q, near.key, scratch.kt, scratch.near, p);
+  A *lse = scratch.near.lse, *delta = scratch.near.delta;
+  softmax_rows<true>(p, n, ld, ld, lse);
+  gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, ld);
+  window_products(s, n, g.value_dim, dout, near.value, A(1), scratch.near, ds + m, ld, false);
+  if (dropout.on()) drop_window_rows(dropout, s, first, n, ds);
+  softmax_rows_backward<true>(p, ds, n, ld, A(1), delta);
+  if (dropout.on()) drop_window_rows(dropout, s, first, n, p);
+  keep_row_statistics(g, s, first, n, lse, delta);
+  sum_landmark_columns(s, first, n, ds, ld, dmissed);
+
+  const A scale = A(g.scale);
+  gemm<true>(s.columns(), e, n, p, ld, dout.data, dout.ld, dw, e, A(1), true);
+  gemm<true>(s.columns(), d, n, ds, ld, q.data, q.ld, dkt, d, scale, true);
+  gemm<false>(n, d, s.columns(), ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, scratch.dquery, d, scale);
+  for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
+    gemm<false>(rows, d, rows + 2 * s.window, ds + row * ld + m, ld, near.key.data + row * near.key.ld, near.key.ld,
+                scratch.dquery + row * d, d, scale, true);
+  });
+}
+
+// Task: (problem, query chunk). Partials: a = dW, b = dKt, c = dmissed.
 template <class T>
 void query_pass_backward(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<QueryPassBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
   const int64_t n_chunks = chunks(g.queries, g.landmarks), chunk = chunk_length(g.landmarks);
-  const int64_t rows = g.keys.landmarks, d = g.head_width(), e = g.value_width();
+  const int64_t rows = g.columns(), d = g.head_width(), e = g.value_width();
   for (int64_t task = begin; task < end; ++task) {
     const Head s(g, task / n_chunks);
     const int64_t from = task % n_chunks * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
@@ -149,14 +199,19 @@ void query_pass_backward(const Backward& g, const Partials& partials, int64_t be
     A* dkt = slice<A>(partials.b, task, rows, d);
     fill(dw, rows * e, A(0));
     fill(dkt, rows * d, A(0));
-    const int64_t m = padded(s.key_rows);
-    transpose(slice<A>(g.kt, s.n, rows, d), s.key_rows, g.head_dim, d, scratch->kt, m, A(g.scale));
-    transpose(slice<A>(g.w, s.n, rows, e), s.key_rows, g.value_dim, e, scratch->wt, m);
+    const int64_t m = padded(s.columns());
+    transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, m, A(g.scale));
+    transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
+    if (s.extended) scratch->near.prepare(s);
+    A* dmissed = slice<A>(partials.c, task, g.extended() ? g.queries.landmarks : 0);
+    fill(dmissed, g.extended() ? g.queries.landmarks : 0, A(0));
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
       if (idle) {
         fill(scratch->dquery, n * d, A(0));
+      } else if (s.extended) {
+        window_block_backward<T>(g, s, dropout, i, n, *scratch, dw, dkt, dmissed);
       } else {
         query_block_backward<T>(g, s, dropout, i, n, *scratch, dw, dkt);
       }
@@ -170,16 +225,20 @@ template <class T>
 void query_pass_backward_merge(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t n_chunks = chunks(g.queries, g.landmarks), chunk = chunk_length(g.landmarks);
-  const int64_t rows = g.keys.landmarks, d = g.head_width(), e = g.value_width();
+  const int64_t rows = g.columns(), d = g.head_width(), e = g.value_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
     A* dw = slice<A>(g.dw, n, rows, e);
     A* dkt = slice<A>(g.dkt, n, rows, d);
+    const int64_t segments = g.extended() ? g.queries.landmarks : 0;
+    A* dmissed = slice<A>(g.dmissed, n, segments);
     fill(dw, rows * e, A(0));
     fill(dkt, rows * d, A(0));
+    fill(dmissed, segments, A(0));
     for (int64_t c = 0; c * chunk < s.queries; ++c) {
       add(dw, slice<A>(partials.a, n * n_chunks + c, rows, e), rows * e);
       add(dkt, slice<A>(partials.b, n * n_chunks + c, rows, d), rows * d);
+      add(dmissed, slice<A>(partials.c, n * n_chunks + c, segments), segments);
     }
   }
 }

@@ -7,7 +7,8 @@ namespace {
 
 enum class Regime {
   empty,          // S' = 0: O = 0
-  exact_keys,     // S' <= m: every key is its own landmark, W = V; the query pass alone is exact attention
+  exact_keys,     // S' <= m, or all pinned: every key is its own landmark, W = V; the query pass alone is exact
+                  // attention
   exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
   nystrom,
 };
@@ -18,6 +19,8 @@ struct Head {
   int64_t n, b, h, kv;           // kv: the key head of query head h
   int64_t queries, keys;         // L', S'
   int64_t query_rows, key_rows;  // landmarks in use: rows of Qt, U and of Kt, W
+  bool extended;                 // window or pinned tokens in the query pass: in the Nyström regime only
+  int64_t window, pinned;        // 0 unless extended
   const int64_t *query_index, *key_index;
   const int64_t *query_offsets, *key_offsets;
 
@@ -30,15 +33,33 @@ struct Head {
         keys(p.keys.count[b]),
         query_rows(queries < p.landmarks ? queries : p.landmarks),
         key_rows(keys < p.landmarks ? keys : p.landmarks),
+        extended(false),
+        window(0),
+        pinned(0),
         query_index(p.queries.index ? p.queries.index + b * p.queries.length : nullptr),
         key_index(p.keys.index ? p.keys.index + b * p.keys.length : nullptr),
         query_offsets(p.queries.offsets + b * (p.queries.landmarks + 1)),
         key_offsets(p.keys.offsets + b * (p.keys.landmarks + 1)) {
-    regime = keys == 0                ? Regime::empty
-             : keys <= p.landmarks    ? Regime::exact_keys
-             : queries <= p.landmarks ? Regime::exact_queries
-                                      : Regime::nystrom;
+    regime = keys == 0                                 ? Regime::empty
+             : keys <= p.landmarks || keys <= p.pinned ? Regime::exact_keys
+             : queries <= p.landmarks                  ? Regime::exact_queries
+                                                       : Regime::nystrom;
+    if (regime == Regime::exact_keys) key_rows = keys;
+    if (regime != Regime::nystrom || !p.extended()) return;
+    extended = true;
+    window = p.window < keys ? p.window : keys - 1;
+    pinned = p.pinned;
   }
+
+  // Rows of Kt and W in use: the pinned tokens follow the landmarks.
+  int64_t columns() const { return key_rows + pinned; }
+
+  // The key landmark's tokens: its segment without the pinned ones, c_J = end - begin of them, perhaps none.
+  int64_t key_begin(int64_t j) const { return regime == Regime::exact_keys ? j : unpinned(key_offsets[j]); }
+  int64_t key_end(int64_t j) const { return regime == Regime::exact_keys ? j + 1 : unpinned(key_offsets[j + 1]); }
+
+ private:
+  int64_t unpinned(int64_t rank) const { return rank < pinned ? pinned : rank; }
 };
 
 // The part of one head that an operand holds.

@@ -50,6 +50,19 @@ inline V maximum(V a, V b) {
   return a < b ? b : a;  // a NaN in `a` stays; one in `b` is lost, and shows again in exp(b - max)
 }
 
+// Lane i of the result: lane lane[i] of a followed by b.
+template <class A>
+inline Vec<A> shuffle(Vec<A> a, Vec<A> b, typename Simd<A>::ivec lane) {
+#if defined(__clang__)
+  constexpr int W = Simd<A>::width;
+  Vec<A> to;
+  for (int i = 0; i < W; ++i) to[i] = lane[i] < W ? a[lane[i]] : b[lane[i] - W];
+  return to;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
 // Reduction over the lanes by halves: a fixed order.
 template <class A, class Op>
 inline A reduce(Vec<A> v, Op op) {
@@ -59,13 +72,7 @@ inline A reduce(Vec<A> v, Op op) {
     typename Simd<A>::ivec lane;
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i) lane[i] = (i + half) % width;
-#if defined(__clang__)
-    Vec<A> other;
-    for (int i = 0; i < width; ++i) other[i] = v[lane[i]];
-#else
-    Vec<A> other = __builtin_shuffle(v, lane);
-#endif
-    v = op(v, other);
+    v = op(v, shuffle<A>(v, v, lane));
   }
   return v[0];
 }
@@ -76,6 +83,29 @@ inline A sum(Vec<A> v) {
 template <class A>
 inline A max(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return maximum(a, b); });
+}
+
+// The transpose of the square whose rows are r: log2(width) perfect shuffles.
+template <class A>
+inline void transpose_square(Vec<A>* r) {
+  constexpr int W = Simd<A>::width;
+  typename Simd<A>::ivec low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + i % 2 * W;
+    high[i] = low[i] + W / 2;
+  }
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    Vec<A> mixed[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      mixed[2 * i] = shuffle<A>(r[i], r[i + W / 2], low);
+      mixed[2 * i + 1] = shuffle<A>(r[i], r[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = mixed[i];
+  }
 }
 
 // exp for x <= about 1 (scores minus their maximum or logsumexp). Cody-Waite reduction, then a Taylor polynomial on

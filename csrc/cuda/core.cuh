@@ -56,14 +56,15 @@ struct Core {
     return {slice<A>(data, n, rows, width), width, 1};
   }
   __device__ View<A> qt() const { return buffer(f.qt, f.queries.landmarks, f.head_width()); }
-  __device__ View<A> kt() const { return buffer(f.kt, f.keys.landmarks, f.head_width()); }
+  __device__ View<A> kt() const { return buffer(f.kt, f.columns(), f.head_width()); }
   __device__ View<A> u() const { return buffer(f.u, f.queries.landmarks, f.value_width()); }
-  __device__ View<A> w() const { return buffer(f.w, f.keys.landmarks, f.value_width()); }
+  __device__ View<A> w() const { return buffer(f.w, f.columns(), f.value_width()); }
 
-  // A = softmax(s Qt Kt^T).
-  __device__ void similarity(const View<A>& a) const {
+  // a = softmax(s Qt Kt^T + b_J) over the landmarks J; done(i, LSE of row i) for each row, by one lane.
+  template <class Bias, class Done>
+  __device__ void softmax(const View<A>& a, Bias bias, Done done) const {
     const A scale = A(f.scale);
-    product(m, m, int(f.head_dim), qt(), transposed(kt()), [&](int i, int j, A x) { a.at(i, j) = scale * x; });
+    product(m, m, int(f.head_dim), qt(), transposed(kt()), [&](int i, int j, A x) { a.at(i, j) = scale * x + bias(j); });
     __syncthreads();
     warp_rows(m, [&](int i, int lane) {
       A top = A(-__builtin_huge_valf()), sum = 0;
@@ -72,8 +73,25 @@ struct Core {
       for (int j = lane; j < m; j += 32) sum += a.at(i, j) = exp(a.at(i, j) - top);
       sum = warp_sum(sum);
       for (int j = lane; j < m; j += 32) a.at(i, j) /= sum;
+      if (lane == 0) done(i, top + log(sum));
     });
     __syncthreads();
+  }
+
+  // A = softmax(s Qt Kt^T), without the segments that pinned tokens leave empty.
+  __device__ void similarity(const View<A>& a) const {
+    const Head s(f, n);
+    const auto live = [&](int j) {
+      return s.extended && s.key_begin(j) == s.key_end(j) ? A(-__builtin_huge_valf()) : A(0);
+    };
+    softmax(a, live, [](int, A) {});
+  }
+
+  // b = softmax(s Qt Kt^T + log c_J): what the landmarks alone make of a landmark query (section 6).
+  template <class Done>
+  __device__ void counted_similarity(const View<A>& b, Done done) const {
+    const Head s(f, n);
+    softmax(b, [&](int j) { return log(A(s.key_end(j) - s.key_begin(j))); }, done);
   }
 
   // c = (largest row sum) (largest column sum) of A, and the column that attains it. Rows of a softmax sum to 1.
@@ -184,18 +202,18 @@ __global__ void coefficients(const __grid_constant__ KeyPassParameters f) {
 template <class A>
 __device__ void merge_keys(const Forward& f, const Head& s, const KeyPartials<A>& partials) {
   const int64_t rows = f.queries.landmarks, width = f.value_width(), n_chunks = chunks(f.keys);
-  const int64_t used = divide_up(s.keys.count, kChunk);
+  const int64_t begin = s.pinned / kChunk, used = divide_up(s.keys.count, kChunk);
   warp_rows(s.queries.rows, [&](int i, int lane) {
     const int64_t base = int64_t(s.n) * n_chunks * rows + i;
-    A top = partials.max[base], sum = 0;
-    for (int64_t c = 1; c < used; ++c) {
+    A top = partials.max[base + begin * rows], sum = 0;
+    for (int64_t c = begin + 1; c < used; ++c) {
       const A x = partials.max[base + c * rows];
       top = x > top ? x : top;
     }
-    for (int64_t c = 0; c < used; ++c) sum += partials.sum[base + c * rows] * exp2(partials.max[base + c * rows] - top);
+    for (int64_t c = begin; c < used; ++c) sum += partials.sum[base + c * rows] * exp2(partials.max[base + c * rows] - top);
     for (int64_t j = lane; j < width; j += 32) {
       A u = 0;
-      for (int64_t c = 0; c < used; ++c) {
+      for (int64_t c = begin; c < used; ++c) {
         u += partials.u[(base + c * rows) * width + j] * exp2(partials.max[base + c * rows] - top);
       }
       slice<A>(f.u, s.n, rows, width)[i * width + j] = u / sum;
@@ -216,12 +234,18 @@ __global__ void finish_core(const __grid_constant__ KeyPassParameters f) {
     __syncthreads();
     product(core.m, width, core.m, core.z(0), core.u(), [&](int i, int j, A x) { core.w().at(i, j) = x; });
   }
-  if (s.regime == Regime::exact_keys) {
-    const Rows<const T> value = key_rows<const T>(f.value, s, f.value_dim);
-    elements(s.keys.rows, width, [&](int i, int j) {
-      core.w().at(i, j) = j < value.columns ? to_acc(value.row(i)[j * value.feature]) : A(0);
-    });
+  if (s.extended) {  // missed = LSE3 - logsumexp_J(s Qt Kt^T + log c_J)
+    const A* lse = slice<A>(f.lse, s.n, f.queries.landmarks);
+    A* missed = slice<A>(f.missed, s.n, f.queries.landmarks);
+    core.counted_similarity(core.matrix(0), [&](int i, A own) { missed[i] = lse[i] - own; });
   }
+  // Values of keys that are landmarks themselves: all of them, or the pinned ones, whose rows follow.
+  const int first = s.regime == Regime::exact_keys ? 0 : s.keys.rows;
+  const int own = s.regime == Regime::exact_keys ? s.keys.rows : s.pinned;
+  const Rows<const T> value = key_rows<const T>(f.value, s, f.value_dim);
+  elements(own, width, [&](int i, int j) {
+    core.w().at(first + i, j) = j < value.columns ? to_acc(value.row(i)[j * value.feature]) : A(0);
+  });
 }
 
 }  // namespace nystrom_ext::cuda

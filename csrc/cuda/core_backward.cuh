@@ -9,6 +9,7 @@ namespace nystrom_ext::cuda {
 struct CoreBackwardParameters : Backward {
   CoreMemory core;
   void *dw_part, *dkt_part;  // of the query pass
+  void* dmissed_rows;        // (N, L): what each query adds to dmissed of its segment; null unless extended
   void* dc;                  // (N): gradients of the coefficient, for the option "global" only
 };
 
@@ -22,6 +23,18 @@ __device__ void merge_chunks(A* to, const void* parts, int64_t n, int64_t n_chun
     for (int64_t c = 0; c < used; ++c) sum += from[c * rows * width + i];
     to[n * rows * width + i] = sum;
   }
+}
+
+// dmissed_sigma = the sum over the queries of segment sigma, in order.
+template <class A>
+__device__ void merge_missed(const CoreBackwardParameters& g, const Head& s) {
+  const A* from = slice<A>(g.dmissed_rows, s.n, g.queries.length);
+  warp_rows(s.queries.rows, [&](int j, int lane) {
+    A sum = 0;
+    for (int i = s.queries.begin(j) + lane; i < s.queries.begin(j + 1); i += 32) sum += from[i];
+    sum = warp_sum(sum);
+    if (lane == 0) slice<A>(g.dmissed, s.n, g.queries.landmarks)[j] = sum;
+  });
 }
 
 template <class A>
@@ -47,9 +60,9 @@ struct CoreReverse : Core<A> {
         a(matrix(8)) {}
 
   __device__ View<A> dqt() const { return this->buffer(g.dqt, g.queries.landmarks, g.head_width()); }
-  __device__ View<A> dkt() const { return this->buffer(g.dkt, g.keys.landmarks, g.head_width()); }
+  __device__ View<A> dkt() const { return this->buffer(g.dkt, g.columns(), g.head_width()); }
   __device__ View<A> du() const { return this->buffer(g.du, g.queries.landmarks, g.value_width()); }
-  __device__ View<A> dw() const { return this->buffer(g.dw, g.keys.landmarks, g.value_width()); }
+  __device__ View<A> dw() const { return this->buffer(g.dw, g.columns(), g.value_width()); }
 
   // dZ_k from dz = dZ_{k+1}; adds to da.
   __device__ void newton_schulz(int k) {
@@ -73,7 +86,26 @@ struct CoreReverse : Core<A> {
     dz_next = swap;
   }
 
-  // Through A = softmax(s Qt Kt^T): da becomes s dS2; dQt (+)= s dS2 Kt, dKt += s dS2^T Qt.
+  // Through missed = LSE3 - logsumexp_J(s Qt Kt^T + log c_J), whose second part has the gradient -s dmissed B, B the
+  // softmax of those scores; LSE3's share is in delta3.
+  __device__ void missed_backward() {
+    const A* dmissed = slice<A>(g.dmissed, this->n, g.queries.landmarks);
+    __syncthreads();
+    this->counted_similarity(da, [](int, A) {});
+    elements(m, m, [&](int i, int j) { da.at(i, j) *= -A(g.scale) * dmissed[i]; });
+    __syncthreads();
+    scores_backward(true);
+  }
+
+  // dQt (+)= dS Kt, dKt += dS^T Qt with dS = da, s times the gradient of the scores.
+  __device__ void scores_backward(bool add_dqt) {
+    const int d = int(g.head_width());
+    const View<A> to_q = dqt(), to_k = dkt();
+    product(m, d, m, da, this->kt(), [&](int i, int j, A s) { to_q.at(i, j) = add_dqt ? to_q.at(i, j) + s : s; });
+    product(m, d, m, transposed(da), this->qt(), [&](int i, int j, A s) { to_k.at(i, j) += s; });
+  }
+
+  // Through A = softmax(s Qt Kt^T): da becomes s dS2.
   __device__ void similarity_backward(bool add_dqt) {
     const A scale = A(g.scale);
     warp_rows(m, [&](int i, int lane) {
@@ -83,10 +115,7 @@ struct CoreReverse : Core<A> {
       for (int j = lane; j < m; j += 32) da.at(i, j) = scale * a.at(i, j) * (da.at(i, j) - delta);
     });
     __syncthreads();
-    const int d = int(g.head_width());
-    const View<A> to_q = dqt(), to_k = dkt();
-    product(m, d, m, da, this->kt(), [&](int i, int j, A s) { to_q.at(i, j) = add_dqt ? to_q.at(i, j) + s : s; });
-    product(m, d, m, transposed(da), this->qt(), [&](int i, int j, A s) { to_k.at(i, j) += s; });
+    scores_backward(add_dqt);
   }
 
   // <dZ_0, Z_0> in a fixed order.
@@ -121,6 +150,7 @@ struct CoreReverse : Core<A> {
     });
     __syncthreads();
     similarity_backward(false);
+    if (Head(g, this->n).extended) missed_backward();
     return dc;
   }
 };
@@ -144,9 +174,10 @@ __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) 
   const Head s(g, blockIdx.x);
   const int64_t n_chunks = chunks(g.queries), used = divide_up(s.queries.count, kChunk);
   if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) {
-    const int64_t rows = g.keys.landmarks;
-    merge_chunks(static_cast<A*>(g.dw), g.dw_part, s.n, n_chunks, used, rows, g.value_width(), s.keys.rows);
-    merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, s.n, n_chunks, used, rows, g.head_width(), s.keys.rows);
+    const int64_t rows = g.columns();
+    merge_chunks(static_cast<A*>(g.dw), g.dw_part, s.n, n_chunks, used, rows, g.value_width(), s.columns());
+    merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, s.n, n_chunks, used, rows, g.head_width(), s.columns());
+    if (s.extended) merge_missed<A>(g, s);
     __syncthreads();
   }
   A dc = 0;
@@ -162,6 +193,7 @@ __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) 
     A sum = 0;
     for (int j = lane; j < e; j += 32) sum += du[i * e + j] * u[i * e + j];
     sum = warp_sum(sum);
+    if (s.extended) sum -= slice<A>(g.dmissed, s.n, g.queries.landmarks)[i];  // LSE3's share of missed
     if (lane == 0) slice<A>(g.delta, s.n, g.queries.landmarks)[i] = sum;
   });
 }

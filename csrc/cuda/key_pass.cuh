@@ -59,7 +59,7 @@ struct KeyPass {
     const int chunk = int(block / row_tiles % n_chunks);
     const int row0 = int(block % row_tiles) * E::kRows;
     const Keys keys{{key_rows<const T>(f.key, s, f.head_dim), key_rows<const T>(f.value, s, f.value_dim)},
-                    chunk * kChunk,
+                    max(chunk * kChunk, s.pinned),  // pinned keys are no part of P3
                     min(chunk * kChunk + kChunk, s.keys.count),
                     dynamic_shared_memory() + E::scratch(false) + kRowTile};
     const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_keys;

@@ -4,6 +4,7 @@
 
 #include "convolution.cuh"
 #include "key_pass.cuh"
+#include "window.cuh"
 
 namespace nystrom_ext::cuda {
 
@@ -56,7 +57,8 @@ struct KeySweep {
         const A top = valid ? lse[landmark] * A(kLog2e) : A(kInfinity), mean = valid ? delta[landmark] : A(0);
 #pragma unroll
         for (int i = 0; i < E::kRowsPerThread; ++i) {
-          p.at(i, j) = E::exp2(p.at(i, j) * scale - top);
+          const bool free = first + E::row(i) >= s.pinned;  // pinned keys are no part of P3
+          p.at(i, j) = free ? E::exp2(p.at(i, j) * scale - top) : A(0);
           ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
         }
       }
@@ -66,23 +68,66 @@ struct KeySweep {
     }
   }
 
-  // What reaches keys and values through the key landmarks: dKt_j / |segment j|, or all of dKt and dW where every key
-  // is its own.
+  // The share of the windows that hold a key: columns are the queries around, whose LSE1 and delta1 are known.
+  __device__ void add_window(const Head& s, int first, char* memory, typename E::Output& dk,
+                             typename E::Output& dv) const {
+    const Dropout dropout{g, s.n};
+    const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
+    const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
+    const A scale = A(g.scale * kLog2e);
+    const auto queries =
+        around<E, E::kCols>(query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim), s,
+                            first, min(keys.end - first, E::kRows), memory);
+    queries.start();
+#pragma unroll 1
+    for (int tile = queries.begin; tile < queries.end; tile += E::kCols) {
+      queries.next(tile);
+      typename E::Scores p = E::scores(keys.tile(0, first), queries.tile(0, tile), scratch);
+      typename E::Scores ds = E::scores(keys.tile(1, first), queries.tile(1, tile), scratch);
+      uint32_t kept = 0;
+      if (dropout.on()) {
+        kept = kept_in_window<E>(dropout, s, [&](int r, int c, int& i, int& j) {
+          i = tile + E::column(c);
+          j = first + E::row(r);
+          return i < queries.end && j < keys.end;
+        });
+        dropout.apply<E>(kept, ds);
+      }
+#pragma unroll
+      for (int j = 0; j < E::Scores::kColumns; ++j) {
+        const int query = tile + E::column(j);
+        const bool valid = query < queries.end;
+        const A top = valid ? lse[query] : A(kInfinity), mean = valid ? delta[query] : A(0);
+#pragma unroll
+        for (int i = 0; i < E::kRowsPerThread; ++i) {
+          p.at(i, j) = in_window(s, query, first + E::row(i)) ? E::exp2(p.at(i, j) * scale - top) : A(0);
+          ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
+        }
+      }
+      if (dropout.on()) dropout.apply<E>(kept, p);
+      E::template accumulate<2>(dv, p, queries.tile(1, tile), out0, scratch);
+      E::accumulate(dk, ds, queries.tile(0, tile), out0, scratch);
+      queries.done();
+    }
+  }
+
+  // What reaches keys and values through the key landmarks: dKt_j / |segment j|, or all of dKt and dW where a key is its
+  // own landmark.
   __device__ void add_landmarks(const Head& s, int first, typename E::Output& dk, typename E::Output& dv) const {
-    const int rows = int(g.keys.landmarks), d = int(g.head_width()), e = int(g.value_width());
+    const int rows = int(g.columns()), d = int(g.head_width()), e = int(g.value_width());
     const A *dkt = slice<A>(g.dkt, s.n, rows, d), *dw = slice<A>(g.dw, s.n, rows, e);
 #pragma unroll
     for (int i = 0; i < E::kRowsPerThread; ++i) {
       const int rank = first + E::row(i);
       if (rank >= keys.end) continue;
-      const bool own = s.regime == Regime::exact_keys;
-      const int segment = s.keys.segment(rank);
-      const A share = A(1) / A(s.keys.size(segment));
+      const bool own = s.regime == Regime::exact_keys || rank < s.pinned;
+      const int row = rank < s.pinned ? s.keys.rows + rank : s.keys.segment(rank);
+      const A share = A(1) / A(s.key_end(row) - s.key_begin(row));
 #pragma unroll
       for (int j = 0; j < E::Output::kColumns; ++j) {
         const int column = out0 + E::column(j);
-        if (column < d) dk.at(i, j) += share * dkt[segment * d + column];
-        if (own && column < e) dv.at(i, j) += dw[segment * e + column];
+        if (column < d) dk.at(i, j) += share * dkt[row * d + column];
+        if (own && column < e) dv.at(i, j) += dw[row * e + column];
       }
     }
   }
@@ -110,6 +155,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
   const int own_taps = tap_rows(E{}) * int(g.taps);
   A* taps = reinterpret_cast<A*>(tiles + 2 * g.column_slots * ColumnTiles<E>::kTile);
   for (int i = threadIdx.x; i < group * own_taps; i += E::kThreads) taps[i] = 0;
+  char* near = reinterpret_cast<char*>(taps) + round_up(Sweep::tap_bytes(g), 16);
 
   const int rows = int(g.queries.landmarks), d = int(g.head_width()), e = int(g.value_width());
   int loaded = 0;
@@ -128,6 +174,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
                              group == 1 ? loaded : 0};
       sweep.add(s, columns, first, dk, dv);
       loaded = columns.loaded;
+      if (s.window > 0) sweep.add_window(s, first, near, dk, dv);
     }
     for_each(dk, E::kRowsPerThread, [&](int, int, A& x) { x *= A(g.scale); });
     for (int h = 0; h < group; ++h) {
@@ -169,7 +216,7 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
   const int row0 = int(block % row_tiles) * E::kRows;
   char *scratch = dynamic_shared_memory(), *tiles = scratch + E::scratch(false);
   const typename Pass::Keys keys{{key_rows<const T>(g.key, s, g.head_dim), key_rows<const T>(g.value, s, g.value_dim)},
-                                 chunk * kChunk,
+                                 max(chunk * kChunk, s.pinned),
                                  min(chunk * kChunk + kChunk, s.keys.count),
                                  tiles + 2 * Pass::kRowTile};
   const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_keys;
@@ -199,15 +246,14 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
     Pass::drop(dropout, s, row0, first, ds);
     for_each(ds, E::kRowsPerThread, [&](int i, int j, A& x) {
       x = E::exp2(p.at(i, j) - lse[i]) * (x - delta[i]);
-      excess[i] += E::rounded(x);
+      excess[i] += E::rounded(x) - x;
     });
     E::accumulate(dqt, ds, keys.tile(0, first), out0, scratch);
     Pass::Keys::done();
   }
 
-  // Rows of dS3 sum to zero over all keys; what rounding leaves of that is taken from the landmark of the same number
-  // (mathematics.md, section 4).
-  const A* kt = slice<A>(g.kt, s.n, g.keys.landmarks, d);
+  // What rounding adds to the sum of a row is taken from the landmark of the same number (mathematics.md, section 4).
+  const A* kt = slice<A>(g.kt, s.n, g.columns(), d);
   A* to = static_cast<A*>(g.dqt_part) + (int64_t(s.n) * n_chunks + chunk) * rows * d;
 #pragma unroll
   for (int i = 0; i < E::kRowsPerThread; ++i) {

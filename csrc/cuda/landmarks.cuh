@@ -103,7 +103,7 @@ __device__ void segment_mean(const Rows<const T>& x, int begin, int end, AccOf<T
       for (int i = 0; i < N; ++i) {
         A sum = 0;
         for (int r = 0; r < down; ++r) sum += partial[(r * across + part0) * N + i];
-        if (column + i < width) mean[column + i] = sum / A(end - begin);
+        if (column + i < width) mean[column + i] = sum / A(max(end - begin, 1));  // an empty segment: zeros
       }
     }
     __syncthreads();
@@ -118,12 +118,14 @@ __global__ void __launch_bounds__(kMeanThreads) landmarks(const __grid_constant_
   const Head s(f, int(blockIdx.x) / segments);
   const int j = int(blockIdx.x) % segments;
   const bool queries = blockIdx.y == 0;
-  const Side side = queries ? s.queries : s.keys;
-  if (j >= side.rows) return;
+  if (j >= (queries ? s.queries.rows : s.columns())) return;
   const Operand x = queries ? f.query : f.key;
-  const int64_t width = f.head_width(), rows_of_side = queries ? f.queries.landmarks : f.keys.landmarks;
-  segment_mean<T, N>(rows<const T>(x, s.b, queries ? s.h : s.kv, f.head_dim, side.index), side.begin(j),
-                     side.begin(j + 1), slice<A>(queries ? f.qt : f.kt, s.n, rows_of_side, width) + j * width);
+  const int64_t* index = queries ? s.queries.index : s.keys.index;
+  const int begin = queries ? s.queries.begin(j) : s.key_begin(j);
+  const int end = queries ? s.queries.begin(j + 1) : s.key_end(j);
+  const int64_t width = f.head_width(), rows_of_side = queries ? f.queries.landmarks : f.columns();
+  segment_mean<T, N>(rows<const T>(x, s.b, queries ? s.h : s.kv, f.head_dim, index), begin, end,
+                     slice<A>(queries ? f.qt : f.kt, s.n, rows_of_side, width) + j * width);
 }
 
 struct LandmarksBackwardParameters : Backward {
@@ -160,14 +162,14 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (block >= all) return merge_taps<A>(g, block - all);
   const Head s(g, block / segments);
   const int j = block % segments;
-  if (j >= s.queries.rows || s.keys.count <= g.landmarks) return;
+  if (j >= s.queries.rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) return;
 
   A* share = reinterpret_cast<A*>(dynamic_shared_memory());  // (width)
   const int n_chunks = int(chunks(g.keys)), used = int(divide_up(s.keys.count, kChunk));
   const A* part = static_cast<const A*>(g.dqt_part) + (int64_t(s.n) * n_chunks * segments + j) * width;
   for (int c = threadIdx.x; c < width; c += kMeanThreads) {
     A sum = slice<A>(g.dqt, s.n, segments, width)[j * width + c];
-    for (int k = 0; k < used; ++k) sum += part[int64_t(k) * segments * width + c];
+    for (int k = s.pinned / kChunk; k < used; ++k) sum += part[int64_t(k) * segments * width + c];
     share[c] = sum / A(s.queries.size(j));
   }
   __syncthreads();

@@ -20,11 +20,12 @@ class Launcher {
  public:
   static bool fits(const Problem& p, int shared_memory) {
     const int wide = 2 * ColumnTiles<E>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
+    const int near = WindowMemory<E, E::kCols>::bytes(p);
     const int needed[] = {KeyPass<P>::kShared,
-                          QueryPass<E>::shared(p) + wide,
-                          QueryPassBackward<E>::kShared + wide,
-                          LandmarkSweep<N>::kShared,
-                          KeySweep<K>::shared(p) + narrow + KeySweep<K>::tap_bytes(p),
+                          QueryPass<E>::shared(p) + wide + near,
+                          QueryPassBackward<E>::kShared + wide + near,
+                          landmark_sweep_shared(p),
+                          key_sweep_shared(p) + narrow,
                           kByLandmarksShared<N>};
     for (const int bytes : needed) {
       if (bytes > shared_memory) return false;
@@ -43,6 +44,8 @@ class Launcher {
   static void backward(Backward g, const Device& device) {
     const Launcher launcher(device);
     launcher.plan(g);
+    g.lse1 = launcher.allocate<A>(g.problems() * g.queries.length);
+    g.delta1 = launcher.allocate<A>(g.problems() * g.queries.length);
     launcher.query_pass_backward(g);
     launcher.key_pass_backward(g);
   }
@@ -56,11 +59,19 @@ class Launcher {
     return static_cast<X*>(device_.allocate(elements * int64_t(sizeof(X))));
   }
 
+  static int landmark_sweep_shared(const Problem& p) {
+    return LandmarkSweep<N>::kShared + (p.extended() ? WindowMemory<N, N::kCols>::kBias : 0);
+  }
+  static int key_sweep_shared(const Problem& p) {
+    const int near = p.window > 0 ? WindowMemory<K, K::kCols>::Stream::kBytes : 0;
+    return KeySweep<K>::shared(p) + int(round_up(KeySweep<K>::tap_bytes(p), 16)) + near;
+  }
+
   static int64_t output_tiles(int64_t columns) { return divide_up(columns, E::kOut); }
   static int64_t output_tiles(const Problem& p) {  // of the sweeps with two outputs
     return divide_up(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, N::kOut);
   }
-  static int64_t row_tiles(const Tokens& t) { return divide_up(t.landmarks, E::kRows); }
+  static int64_t row_tiles(int64_t rows) { return divide_up(rows, E::kRows); }
 
   // Column tiles that stay in shared memory: all, if there is room beside `other` bytes.
   template <class Engine>
@@ -111,7 +122,7 @@ class Launcher {
 
   void key_pass(const Forward& f) const {
     const int64_t partials = f.problems() * chunks(f.keys) * f.queries.landmarks;
-    const int64_t blocks = f.problems() * (1 + chunks(f.keys) * row_tiles(f.queries));
+    const int64_t blocks = f.problems() * (1 + chunks(f.keys) * row_tiles(f.queries.landmarks));
     KeyPassParameters p{f, core_memory(f, 1, 5, kCoreMemory), allocate<A>(partials * f.value_width()),
                         allocate<A>(partials), allocate<A>(partials)};
     coefficients(f, p.core);
@@ -122,24 +133,25 @@ class Launcher {
   }
 
   void query_pass(const Forward& f) const {
-    const int own = QueryPass<E>::shared(f), slots = column_slots<E>(f.keys.landmarks, own);
+    const int own = QueryPass<E>::shared(f) + WindowMemory<E, E::kCols>::bytes(f);
+    const int slots = column_slots<E>(f.columns(), own);
     run(device_, cuda::query_pass<E>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
         own + column_bytes<E>(slots), QueryPassParameters{f, slots});
   }
 
   void query_pass_backward(const Backward& g) const {
-    const int own = QueryPassBackward<E>::kShared, slots = column_slots<E>(g.keys.landmarks, own);
-    const int64_t partials = g.problems() * chunks(g.queries) * g.keys.landmarks;
+    const int own = QueryPassBackward<E>::kShared + WindowMemory<E, E::kCols>::bytes(g);
+    const int slots = column_slots<E>(g.columns(), own);
+    const int64_t partials = g.problems() * chunks(g.queries) * g.columns();
     const QueryPassBackwardParameters p{g,
                                         slots,
-                                        allocate<A>(g.problems() * g.queries.length),
-                                        allocate<A>(g.problems() * g.queries.length),
                                         allocate<A>(partials * g.value_width()),
-                                        allocate<A>(partials * g.head_width())};
+                                        allocate<A>(partials * g.head_width()),
+                                        allocate<A>(g.extended() ? g.problems() * g.queries.length : 0)};
     run(device_, query_pass_backward_by_queries<E>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
         E::kThreads, own + column_bytes<E>(slots), p);
-    run(device_, query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.keys),
-        output_tiles(g), E::kThreads, LandmarkSweep<N>::kShared, p);
+    run(device_, query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.columns()),
+        output_tiles(g), E::kThreads, landmark_sweep_shared(g), p);
     core_backward(p);
   }
 
@@ -147,7 +159,7 @@ class Launcher {
     const Backward& g = sums;
     const int count = CoreReverse<A>::kMatrices;
     CoreBackwardParameters p{g, core_memory(g, int(g.iterations) + 1, count, device_.shared_memory), sums.dw_part,
-                             sums.dkt_part, nullptr};
+                             sums.dkt_part, sums.dmissed_rows, nullptr};
     coefficients(g, p.core);
     if (g.global_coefficient) p.dc = allocate<A>(g.problems());
     const int64_t shared = Core<A>::shared_bytes(g, p.core.fit);
@@ -156,14 +168,14 @@ class Launcher {
   }
 
   void key_pass_backward(const Backward& g) const {
-    const int own = KeySweep<K>::shared(g) + KeySweep<K>::tap_bytes(g);
+    const int own = key_sweep_shared(g);
     const int slots = column_slots<K>(g.queries.landmarks, own);
     const int64_t key_blocks = g.batch * g.kv_heads * row_chunks(g.keys), tiles = output_tiles(g);
     const KeyPassBackwardParameters p{g, slots, key_blocks,
                                       allocate<A>(g.problems() * chunks(g.keys) * g.queries.landmarks * g.head_width()),
                                       allocate<A>(g.problems() * row_chunks(g.keys) * tiles * g.taps)};
     const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
-    run(device_, cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries),
+    run(device_, cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries.landmarks),
         tiles, E::kThreads, by_keys > by_landmarks ? by_keys : by_landmarks, p);
     Stages<T>::landmarks_backward(device_, LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
   }

@@ -1,12 +1,13 @@
 // Stage `query_pass`: O = softmax(s Q Kt^T) W + conv(V) (mathematics.md, section 2).
 //
-// A block takes kRowChunk queries, one row tile after another, over all m columns. Columns come in groups with logits
-// and values of their own: the landmarks are the one group there is.
+// A block takes kRowChunk queries, one row tile after another, over all columns of one softmax, group by group: the
+// landmarks, with the pinned tokens, and the window.
 #pragma once
 
 #include "convolution.cuh"
 #include "philox.cuh"
 #include "sweep.cuh"
+#include "window.cuh"
 
 namespace nystrom_ext::cuda {
 
@@ -46,9 +47,10 @@ struct QueryPass {
     dropout.apply<E>(kept, x);
   }
 
-  // softmax(s Q Kt^T) W of the row tile at `first`.
+  // softmax(s Q Kt^T) W of the row tile at `first`, with a window softmax(s Q (Kt, K)^T) (W, V).
   static __device__ typename E::Output attend(const Forward& f, const Head& s, const Queries& queries,
-                                              ColumnTiles<E>& columns, int first, int out0, char* scratch) {
+                                              ColumnTiles<E>& columns, const Window<E>& window, int first, int out0,
+                                              char* scratch) {
     const Dropout dropout{f, s.n};
     typename E::Output o;
     Softmax<E> softmax;
@@ -56,14 +58,34 @@ struct QueryPass {
     for (int j = 0; j < columns.tiles(); ++j) {
       columns.load(j);
       typename E::Scores p = logits(f, queries.tile(0, first), columns, j, scratch);
+      if (s.extended) window.add_landmark_bias(p, first, queries.end, j * E::kCols);
       softmax.add(p);
       softmax.rescale(o);
       drop(dropout, s, first, queries.end, j, p);
       E::template accumulate<2>(o, p, columns.second(j), out0, scratch);
     }
+    if (s.window > 0) attend_window(s, queries, window, dropout, softmax, first, out0, scratch, o);
     for_each(o, E::kRowsPerThread, [&](int i, int, A& x) { x /= softmax.sum[i]; });
     Queries::done();
     return o;
+  }
+
+  // The window's columns of the same softmax.
+  static __device__ void attend_window(const Head& s, const Queries& queries, const Window<E>& window,
+                                       const Dropout& dropout, Softmax<E>& softmax, int first, int out0, char* scratch,
+                                       typename E::Output& o) {
+    const typename Window<E>::Stream keys = window.keys(first, queries.end);
+    keys.start();
+#pragma unroll 1
+    for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
+      keys.next(tile);
+      typename E::Scores p = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
+      softmax.add(p);
+      softmax.rescale(o);
+      if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), p);
+      E::template accumulate<2>(o, p, keys.tile(1, tile), out0, scratch);
+      keys.done();
+    }
   }
 
   // Every query is its own landmark: O_i = U_i.
@@ -94,16 +116,18 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks) query_pass(const __gr
   const bool softmax = s.regime == Regime::nystrom || s.regime == Regime::exact_keys;
   const typename Pass::Queries queries{
       {query_rows<const T>(f.query, s, f.head_dim)}, begin, end, scratch + E::scratch(f.taps > 0)};
-  ColumnTiles<E> columns{{slice<A>(f.kt, s.n, f.keys.landmarks, f.head_width()), int(f.head_width()), s.keys.rows},
-                         {slice<A>(f.w, s.n, f.keys.landmarks, f.value_width()), int(f.value_width()), s.keys.rows},
+  ColumnTiles<E> columns{{slice<A>(f.kt, s.n, f.columns(), f.head_width()), int(f.head_width()), s.columns()},
+                         {slice<A>(f.w, s.n, f.columns(), f.value_width()), int(f.value_width()), s.columns()},
                          scratch + Pass::shared(f),
                          f.column_slots};
+
+  const Window<E> window{f, s, columns.memory + 2 * f.column_slots * ColumnTiles<E>::kTile};
 
   if (softmax) queries.start();
   for (int first = begin; first < end; first += E::kRows) {
     const int count = min(end - first, E::kRows);
     typename E::Output o;
-    if (softmax) o = Pass::attend(f, s, queries, columns, first, out0, scratch);
+    if (softmax) o = Pass::attend(f, s, queries, columns, window, first, out0, scratch);
     if (s.regime == Regime::exact_queries) o = Pass::copy(f, s, first, out0);
     if (f.taps) convolve(E{}, o, value_convolution<T>(f, s), s.queries, first, count, out0, scratch);
     E::store(o, query_rows<T>(f.out, s, f.value_dim), first, count, out0);

@@ -10,8 +10,8 @@ namespace nystrom_ext::cuda {
 
 struct QueryPassBackwardParameters : Backward {
   int column_slots;
-  void *lse1, *delta1;       // (N, L): in units of log2; rowsum(P1 * dP1)
-  void *dw_part, *dkt_part;  // (N, chunks of queries, keys.landmarks, value_width or head_width)
+  void *dw_part, *dkt_part;  // (N, chunks of queries, columns, value_width or head_width)
+  void* dmissed_rows;        // (N, L): the sum of dS1 over the landmarks; null unless extended
 };
 
 template <class E>
@@ -25,6 +25,7 @@ struct QueryPassBackward {
   const QueryPassBackwardParameters& g;
   const Head& s;
   const Queries& queries;
+  const Window<E>& window;
   const Dropout dropout;
   char* scratch;
 
@@ -33,8 +34,31 @@ struct QueryPassBackward {
                           typename E::Scores& dp) const {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
+    if (s.extended) window.add_landmark_bias(logits, first, queries.end, j * E::kCols);
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
+  }
+
+  // The same for one tile of the window's keys.
+  __device__ void compute_window(const typename Window<E>::Stream& keys, int first, int tile,
+                                 typename E::Scores& logits, typename E::Scores& dp) const {
+    keys.next(tile);
+    logits = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
+    dp = E::scores(queries.tile(1, first), keys.tile(1, tile), scratch);
+    if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), dp);
+  }
+
+  static __device__ void add_statistics(Softmax<E>& softmax, const typename E::Scores& logits, typename E::Scores& dp,
+                                        A (&delta)[E::kRowsPerThread]) {
+    typename E::Scores p = logits;
+    softmax.add(p);
+#pragma unroll
+    for (int i = 0; i < E::kRowsPerThread; ++i) {
+      A sum = 0;
+#pragma unroll
+      for (int c = 0; c < E::Scores::kColumns; ++c) sum += p.at(i, c) * dp.at(i, c);
+      delta[i] = delta[i] * softmax.shrink[i] + E::row_sum(sum);
+    }
   }
 
   // LSE1 and delta1 of this thread's rows; leaves logits and dP1 of the last column tile.
@@ -44,14 +68,16 @@ struct QueryPassBackward {
     for (int i = 0; i < E::kRowsPerThread; ++i) delta[i] = 0;
     for (int j = 0; j < columns.tiles(); ++j) {
       compute(columns, first, j, logits, dp);
-      typename E::Scores p = logits;
-      softmax.add(p);
-#pragma unroll
-      for (int i = 0; i < E::kRowsPerThread; ++i) {
-        A sum = 0;
-#pragma unroll
-        for (int c = 0; c < E::Scores::kColumns; ++c) sum += p.at(i, c) * dp.at(i, c);
-        delta[i] = delta[i] * softmax.shrink[i] + E::row_sum(sum);
+      add_statistics(softmax, logits, dp, delta);
+    }
+    if (s.window > 0) {
+      const typename Window<E>::Stream keys = window.keys(first, queries.end);
+      keys.start();
+#pragma unroll 1
+      for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
+        compute_window(keys, first, tile, logits, dp);
+        add_statistics(softmax, logits, dp, delta);
+        keys.done();
       }
     }
 #pragma unroll
@@ -65,20 +91,56 @@ struct QueryPassBackward {
     }
   }
 
+  // dP1 becomes dS1; excess: what its rows sum to after rounding, and before they sum to zero.
+  static __device__ void differentiate(typename E::Scores& logits, typename E::Scores& dp, A (&lse)[E::kRowsPerThread],
+                                       A (&delta)[E::kRowsPerThread], A (&excess)[E::kRowsPerThread]) {
+    for_each(dp, E::kRowsPerThread, [&](int i, int c, A& x) {
+      x = E::exp2(logits.at(i, c) - lse[i]) * (x - delta[i]);
+      excess[i] += E::rounded(x);
+    });
+  }
+
+  __device__ void sum_landmarks(typename E::Scores& ds, int j, A (&missed)[E::kRowsPerThread]) const {
+    for_each(ds, E::kRowsPerThread, [&](int i, int c, A& x) {
+      if (j * E::kCols + E::column(c) < s.keys.rows) missed[i] += x;
+    });
+  }
+  __device__ void store_missed(int first, A (&missed)[E::kRowsPerThread]) const {
+#pragma unroll
+    for (int i = 0; i < E::kRowsPerThread; ++i) {
+      const A sum = E::row_sum(missed[i]);
+      const int row = first + E::row(i);
+      if (row < queries.end && E::column(0) == 0 && blockIdx.y == 0) {
+        slice<A>(g.dmissed_rows, s.n, g.queries.length)[row] = sum;
+      }
+    }
+  }
+
   // s dS1 Kt of the row tile at `first`.
   __device__ typename E::Output dquery(ColumnTiles<E>& columns, int first, int out0) const {
     typename E::Scores logits, dp;
     A lse[E::kRowsPerThread], delta[E::kRowsPerThread], excess[E::kRowsPerThread] = {};
+    A missed[E::kRowsPerThread] = {};
     queries.next(first);
     statistics(columns, first, logits, dp, lse, delta);
     typename E::Output dq;
     for (int j = 0; j < columns.tiles(); ++j) {
-      if (columns.tiles() > 1) compute(columns, first, j, logits, dp);
-      for_each(dp, E::kRowsPerThread, [&](int i, int c, A& x) {
-        x = E::exp2(logits.at(i, c) - lse[i]) * (x - delta[i]);
-        excess[i] += E::rounded(x);
-      });
+      if (columns.tiles() > 1 || s.window > 0) compute(columns, first, j, logits, dp);
+      differentiate(logits, dp, lse, delta, excess);
+      if (s.extended) sum_landmarks(dp, j, missed);
       E::accumulate(dq, dp, columns.first(j), out0, scratch);
+    }
+    if (s.extended) store_missed(first, missed);
+    if (s.window > 0) {
+      const typename Window<E>::Stream keys = window.keys(first, queries.end);
+      keys.start();
+#pragma unroll 1
+      for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
+        compute_window(keys, first, tile, logits, dp);
+        differentiate(logits, dp, lse, delta, excess);
+        E::accumulate(dq, dp, keys.tile(0, tile), out0, scratch);
+        keys.done();
+      }
     }
     center(dq, columns.a, first, out0, excess);
     Queries::done();
@@ -94,7 +156,7 @@ struct QueryPassBackward {
       excess[i] = E::row_sum(excess[i]);
       const int rank = first + E::row(i);
       if (rank >= queries.end) continue;
-      const A* own = kt.data + (int64_t(rank) * kt.rows / s.queries.count) * kt.width + out0;
+      const A* own = kt.data + (int64_t(rank) * s.keys.rows / s.queries.count) * kt.width + out0;
 #pragma unroll
       for (int c = 0; c < E::Output::kColumns; ++c) {
         const A reference = out0 + E::column(c) < kt.width ? own[E::column(c)] : A(0);
@@ -123,11 +185,12 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
       begin,
       end,
       scratch + E::scratch(false)};
-  ColumnTiles<E> columns{{slice<A>(g.kt, s.n, g.keys.landmarks, g.head_width()), int(g.head_width()), s.keys.rows},
-                         {slice<A>(g.w, s.n, g.keys.landmarks, g.value_width()), int(g.value_width()), s.keys.rows},
+  ColumnTiles<E> columns{{slice<A>(g.kt, s.n, g.columns(), g.head_width()), int(g.head_width()), s.columns()},
+                         {slice<A>(g.w, s.n, g.columns(), g.value_width()), int(g.value_width()), s.columns()},
                          scratch + Pass::kShared,
                          g.column_slots};
-  const Pass pass{g, s, queries, Dropout{g, s.n}, scratch};
+  const Window<E> window{g, s, columns.memory + 2 * g.column_slots * ColumnTiles<E>::kTile};
+  const Pass pass{g, s, queries, window, Dropout{g, s.n}, scratch};
 
   if (!idle) queries.start();
   for (int first = begin; first < end; first += E::kRows) {
@@ -148,8 +211,17 @@ struct LandmarkSweep {
 
   // P1^T and dP1^T of one tile become D * P1 and dS1.
   static __device__ void probabilities(const QueryPassBackwardParameters& g, const Head& s, const Dropout& dropout,
-                                       int row0, int first, int end, typename E::Scores& p, typename E::Scores& ds) {
+                                       int row0, int first, int end, typename E::Scores& p, typename E::Scores& ds,
+                                       char* bias) {
     const A scale = A(g.scale * kLog2e);
+    for_each(p, E::kRowsPerThread, [&](int, int, A& x) { x *= scale; });
+    if (s.extended) {
+      const A* missed = slice<A>(g.missed, s.n, g.queries.landmarks);
+      add_bias<E>(p, bias, [&](int row, int column) {
+        const int query = first + column, j = row0 + row;
+        return query < end && j < s.columns() ? landmark_bias<A>(s, missed, query, j) : A(0);
+      });
+    }
     const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
     const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
     uint32_t kept = 0;
@@ -169,7 +241,7 @@ struct LandmarkSweep {
       const A top = valid ? lse[query] : A(kInfinity), mean = valid ? delta[query] : A(0);
 #pragma unroll
       for (int i = 0; i < E::kRowsPerThread; ++i) {
-        const A x = E::exp2(p.at(i, j) * scale - top);
+        const A x = E::exp2(p.at(i, j) - top);
         p.at(i, j) = x;
         ds.at(i, j) = x * (ds.at(i, j) - mean);
       }
@@ -184,7 +256,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   using T = typename E::T;
   using A = typename E::Acc;
   using Sweep = LandmarkSweep<E>;
-  const int n_chunks = int(chunks(g.queries)), rows = int(g.keys.landmarks);
+  const int n_chunks = int(chunks(g.queries)), rows = int(g.columns());
   const int d = int(g.head_width()), e = int(g.value_width());
   const int row_tiles = int(divide_up(rows, E::kRows)), out0 = int(blockIdx.y) * E::kOut;
   const Head s(g, blockIdx.x / row_tiles / n_chunks);
@@ -197,13 +269,13 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
       min(chunk * kChunk + kChunk, s.queries.count),
       tiles + 2 * Sweep::kRowTile};
   const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
-  if (idle || row0 >= s.keys.rows || queries.begin >= queries.end) return;
+  if (idle || row0 >= s.columns() || queries.begin >= queries.end) return;
 
   const A *kt = slice<A>(g.kt, s.n, rows, d), *w = slice<A>(g.w, s.n, rows, e);
-  E::template load<E::kRows>(tiles, kt, int(d), row0, s.keys.rows);
-  E::template load<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.keys.rows);
-  const auto a = E::template landmarks<E::kRows>(tiles, kt, int(d), row0, s.keys.rows);
-  const auto b = E::template landmarks<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.keys.rows);
+  E::template load<E::kRows>(tiles, kt, int(d), row0, s.columns());
+  E::template load<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.columns());
+  const auto a = E::template landmarks<E::kRows>(tiles, kt, int(d), row0, s.columns());
+  const auto b = E::template landmarks<E::kRows>(tiles + Sweep::kRowTile, w, int(e), row0, s.columns());
 
   const Dropout dropout{g, s.n};
   typename E::Output dw, dkt;
@@ -212,7 +284,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
     queries.next(first);
     typename E::Scores p = E::scores(a, queries.tile(0, first), scratch);
     typename E::Scores ds = E::scores(b, queries.tile(1, first), scratch);
-    Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds);
+    Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds, tiles + 2 * Sweep::kRowTile + Sweep::Queries::kBytes);
     E::template accumulate<2>(dw, p, queries.tile(1, first), out0, scratch);
     E::accumulate(dkt, ds, queries.tile(0, first), out0, scratch);
     Sweep::Queries::done();
@@ -222,7 +294,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   A *to_w = static_cast<A*>(g.dw_part) + slot * e, *to_kt = static_cast<A*>(g.dkt_part) + slot * d;
   for_each(dw, E::kRowsPerThread, [&](int i, int j, A& x) {
     const int row = row0 + E::row(i), column = out0 + E::column(j);
-    if (row >= s.keys.rows) return;
+    if (row >= s.columns()) return;
     if (column < e) to_w[row * e + column] = x;
     if (column < d) to_kt[row * d + column] = A(g.scale) * dkt.at(i, j);
   });

@@ -8,7 +8,7 @@ namespace nystrom_ext::cuda {
 
 enum class Regime {
   empty,          // S' = 0: O = 0
-  exact_keys,     // S' <= m: every key is its own landmark, W = V; the query pass alone is exact attention
+  exact_keys,     // S' <= m, or all pinned: every key is its own landmark, W = V; the query pass alone is exact attention
   exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
   nystrom,
 };
@@ -46,6 +46,8 @@ struct Head {
   int n, b, h, kv;  // n = b * heads + h; kv: the key head of query head h
   Side queries, keys;
   Regime regime;
+  bool extended = false;  // window or pinned tokens in the query pass: in the Nyström regime only (section 6)
+  int window = 0, pinned = 0;
 
   __device__ Head(const Problem& p, int64_t problem)
       : n(int(problem)),
@@ -54,10 +56,23 @@ struct Head {
         kv(h / int(p.group())),
         queries(p.queries, b, p.landmarks),
         keys(p.keys, b, p.landmarks),
-        regime(keys.count == 0                ? Regime::empty
-               : keys.count <= p.landmarks    ? Regime::exact_keys
-               : queries.count <= p.landmarks ? Regime::exact_queries
-                                              : Regime::nystrom) {}
+        regime(keys.count == 0                                       ? Regime::empty
+               : keys.count <= p.landmarks || keys.count <= p.pinned ? Regime::exact_keys
+               : queries.count <= p.landmarks                        ? Regime::exact_queries
+                                                                     : Regime::nystrom) {
+    if (regime == Regime::exact_keys) keys.rows = keys.count, keys.offsets = nullptr;
+    if (regime != Regime::nystrom || !p.extended()) return;
+    extended = true;
+    window = int(p.window < keys.count ? p.window : keys.count - 1);
+    pinned = int(p.pinned);
+  }
+
+  // Rows of Kt and W in use: the pinned tokens follow the landmarks.
+  __device__ int columns() const { return keys.rows + pinned; }
+
+  // The tokens of row j of Kt: its segment without the pinned ones, perhaps none; or the one pinned token.
+  __device__ int key_begin(int j) const { return j < keys.rows ? max(keys.begin(j), pinned) : j - keys.rows; }
+  __device__ int key_end(int j) const { return j < keys.rows ? max(keys.begin(j + 1), pinned) : j - keys.rows + 1; }
 };
 
 // The part of an operand that one head reads or writes, by rank.

@@ -114,11 +114,12 @@ struct Softmax {
 #pragma unroll
       for (int j = 0; j < E::Scores::kColumns; ++j) top = s.at(i, j) > top ? s.at(i, j) : top;
       top = E::row_max(top);
-      shrink[i] = E::exp2(max[i] - top);
+      const A base = top > A(-kInfinity) ? top : A(0);  // no column yet: a window that the row does not reach
+      shrink[i] = E::exp2(max[i] - base);
       max[i] = top;
       A total = 0;
 #pragma unroll
-      for (int j = 0; j < E::Scores::kColumns; ++j) total += s.at(i, j) = E::exp2(s.at(i, j) - top);
+      for (int j = 0; j < E::Scores::kColumns; ++j) total += s.at(i, j) = E::exp2(s.at(i, j) - base);
       sum[i] = sum[i] * shrink[i] + E::row_sum(total);
     }
   }

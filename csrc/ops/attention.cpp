@@ -58,16 +58,30 @@ void set(Forward& f, const at::Tensor& out, const Saved& saved) {
   f.u = saved.u.data_ptr();
   f.lse = saved.lse.data_ptr();
   f.w = saved.w.data_ptr();
+  f.missed = saved.missed.data_ptr();
 }
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                       const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
-                      int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
-  Arguments a{
-      query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
-      pinv_iterations, scale, dropout_p, global_coefficient};
+                      int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient, int64_t window,
+                      int64_t pinned) {
+  Arguments a{query,
+              key,
+              value,
+              key_padding_mask,
+              query_padding_mask,
+              conv_weight,
+              rng_state,
+              num_landmarks,
+              pinv_iterations,
+              scale,
+              dropout_p,
+              global_coefficient,
+              window,
+              pinned};
   check(a);
+  check_same_mask(a);
   const Backend& backend = backend_of(query);
   const c10::DeviceGuard guard(query.device());
   arrange(backend, a);
@@ -76,28 +90,38 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const bool uneven =
       key_padding_mask || query_padding_mask || std::min(f.queries.length, f.keys.length) <= f.landmarks;
   const auto options = accumulation(query);
-  const auto buffer = [&](const Tokens& t, int64_t width) {
-    return allocate({f.batch, f.heads, t.landmarks, width}, options, uneven);
-  };
-  const Saved saved{
-      buffer(f.queries, f.head_width()), buffer(f.keys, f.head_width()), buffer(f.queries, f.value_width()),
-      allocate({f.batch, f.heads, f.queries.landmarks}, options, uneven), buffer(f.keys, f.value_width())};
+  const int64_t rows = f.queries.landmarks, columns = f.columns(), d = f.head_width(), e = f.value_width();
+  const auto matrix = [&](int64_t n, int64_t width) { return allocate({f.batch, f.heads, n, width}, options, uneven); };
+  const auto vector = [&](int64_t n) { return allocate({f.batch, f.heads, n}, options, uneven); };
+  const Saved saved{matrix(rows, d), matrix(columns, d), matrix(rows, e),
+                    vector(rows),    matrix(columns, e), vector(f.extended() ? rows : 0)};
   const at::Tensor out = allocate_like_heads(query, f.value_dim, query_padding_mask.has_value());
   set(f, out, saved);
   backend.forward(f);
-  return {out, saved.qt, saved.kt, saved.u, saved.lse, saved.w};
+  return {out, saved.qt, saved.kt, saved.u, saved.lse, saved.w, saved.missed};
 }
 
 BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                         const OptionalTensor& conv_weight, const OptionalTensor& rng_state, const at::Tensor& qt,
                         const at::Tensor& kt, const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
-                        int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                        bool global_coefficient) {
-  Arguments a{
-      query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
-      pinv_iterations, scale, dropout_p, global_coefficient};
-  const Saved saved{qt, kt, u, lse, w};
+                        const at::Tensor& missed, int64_t num_landmarks, int64_t pinv_iterations, double scale,
+                        double dropout_p, bool global_coefficient, int64_t window, int64_t pinned) {
+  Arguments a{query,
+              key,
+              value,
+              key_padding_mask,
+              query_padding_mask,
+              conv_weight,
+              rng_state,
+              num_landmarks,
+              pinv_iterations,
+              scale,
+              dropout_p,
+              global_coefficient,
+              window,
+              pinned};
+  const Saved saved{qt, kt, u, lse, w, missed};
   check_backward(grad, a, saved);
   const Backend& backend = backend_of(query);
   const c10::DeviceGuard guard(query.device());
@@ -112,7 +136,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   const auto options = accumulation(query);
   const at::Tensor dconv = at::zeros({conv_weight ? g.heads : 0, g.taps}, options);
   const at::Tensor dqt = at::empty_like(qt), dkt = at::empty_like(kt), du = at::empty_like(u), dw = at::empty_like(w);
-  const at::Tensor delta = at::empty_like(lse);
+  const at::Tensor delta = at::empty_like(lse), dmissed = at::empty_like(missed);
   g.dquery = operand(dquery);
   g.dkey = operand(dkey);
   g.dvalue = operand(dvalue);
@@ -122,6 +146,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   g.du = du.data_ptr();
   g.dw = dw.data_ptr();
   g.delta = delta.data_ptr();
+  g.dmissed = dmissed.data_ptr();
   backend.backward(g);
   return {dquery, dkey, dvalue, dconv.to(query.scalar_type())};
 }
@@ -131,9 +156,10 @@ at::Tensor attention_without_grad(const at::Tensor& query, const at::Tensor& key
                                   const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                                   const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
                                   std::optional<double> scale, double dropout_p, std::string_view coefficient,
-                                  bool enable_gqa) {
-  return std::get<0>(call_forward(resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight,
-                                          num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa)));
+                                  bool enable_gqa, int64_t window, int64_t pinned) {
+  return std::get<0>(
+      call_forward(resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight, num_landmarks,
+                           pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned)));
 }
 
 template <class Signature>
@@ -148,11 +174,13 @@ void register_backend(at::DeviceType device, const Backend& backend) { backends(
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                   const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
-                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa) {
+                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa,
+                  int64_t window, int64_t pinned) {
   check_public_options(query, key, coefficient, enable_gqa);
   Arguments a{
       query,        key,           value,           key_padding_mask,    query_padding_mask, conv_weight,
-      std::nullopt, num_landmarks, pinv_iterations, scale.value_or(1.0), dropout_p,          coefficient == "global"};
+      std::nullopt, num_landmarks, pinv_iterations, scale.value_or(1.0), dropout_p,          coefficient == "global",
+      window,       pinned};
   // The seed is drawn as a tensor by an op of torch's own: manual_seed, tracing, checkpointing and CUDA graphs all know
   // it.
   if (dropout_p > 0) {
@@ -166,21 +194,21 @@ Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tens
 ForwardResult call_forward(const Arguments& a) {
   static const auto op = find<ForwardOp>("nystrom_ext::_attention_forward");
   return op.call(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient);
+                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
 }
 
 BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s) {
   static const auto op = find<BackwardOp>("nystrom_ext::_attention_backward");
   return op.call(grad, a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                 s.qt, s.kt, s.u, s.lse, s.w, a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p,
-                 a.global_coefficient);
+                 s.qt, s.kt, s.u, s.lse, s.w, s.missed, a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p,
+                 a.global_coefficient, a.window, a.pinned);
 }
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& key_padding_mask, const AttentionOptions& o) {
   static const auto op = find<decltype(attention_without_grad)>("nystrom_ext::attention");
   return op.call(query, key, value, key_padding_mask, o.query_padding_mask, o.conv_weight, o.num_landmarks,
-                 o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa);
+                 o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa, o.window, o.pinned);
 }
 
 TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) { m.impl("attention", TORCH_FN(attention_without_grad)); }

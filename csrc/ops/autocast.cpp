@@ -10,21 +10,21 @@ namespace {
 
 using AttentionOp = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, std::optional<double>,
-                               double, std::string_view, bool);
+                               double, std::string_view, bool, int64_t, int64_t);
 
 template <c10::DispatchKey key_, c10::DeviceType device>
 at::Tensor attention_autocast(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                               const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
                               std::optional<double> scale, double dropout_p, std::string_view coefficient,
-                              bool enable_gqa) {
+                              bool enable_gqa, int64_t window, int64_t pinned) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("nystrom_ext::attention", "").typed<AttentionOp>();
   const c10::impl::ExcludeDispatchKeyGuard guard(key_);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& x) { return at::autocast::cached_cast(dtype, x, device); };
   return op.call(cast(query), cast(key), cast(value), key_padding_mask, query_padding_mask, cast(conv_weight),
-                 num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa);
+                 num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned);
 }
 
 }  // namespace

@@ -22,13 +22,25 @@ struct AttentionBackward : Function<AttentionBackward> {
                                const Variable& value, const OptionalTensor& key_padding_mask,
                                const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
                                const OptionalTensor& rng_state, const Variable& qt, const Variable& kt,
-                               const Variable& u, const Variable& lse, const Variable& w, int64_t num_landmarks,
-                               int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
+                               const Variable& u, const Variable& lse, const Variable& w, const Variable& missed,
+                               int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
+                               bool global_coefficient, int64_t window, int64_t pinned) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Arguments a{
-        query,           key,   value,     key_padding_mask,  query_padding_mask, conv_weight, rng_state, num_landmarks,
-        pinv_iterations, scale, dropout_p, global_coefficient};
-    auto [dquery, dkey, dvalue, dconv] = call_backward(grad, a, {qt, kt, u, lse, w});
+    const Arguments a{query,
+                      key,
+                      value,
+                      key_padding_mask,
+                      query_padding_mask,
+                      conv_weight,
+                      rng_state,
+                      num_landmarks,
+                      pinv_iterations,
+                      scale,
+                      dropout_p,
+                      global_coefficient,
+                      window,
+                      pinned};
+    auto [dquery, dkey, dvalue, dconv] = call_backward(grad, a, {qt, kt, u, lse, w, missed});
     return {dquery, dkey, dvalue, dconv};
   }
 
@@ -47,19 +59,22 @@ struct Attention : Function<Attention> {
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
                           const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                           const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
-                          int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient) {
+                          int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
+                          int64_t window, int64_t pinned) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, qt, kt, u, lse, w] =
+    auto [out, qt, kt, u, lse, w, missed] =
         call_forward({query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, num_landmarks,
-                      pinv_iterations, scale, dropout_p, global_coefficient});
+                      pinv_iterations, scale, dropout_p, global_coefficient, window, pinned});
     const auto defined = [](const OptionalTensor& x) { return x.value_or(Variable()); };
     ctx->save_for_backward({query, key, value, defined(key_padding_mask), defined(query_padding_mask),
-                            defined(conv_weight), defined(rng_state), qt, kt, u, lse, w});
+                            defined(conv_weight), defined(rng_state), qt, kt, u, lse, w, missed});
     ctx->saved_data["num_landmarks"] = num_landmarks;
     ctx->saved_data["pinv_iterations"] = pinv_iterations;
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["global_coefficient"] = global_coefficient;
+    ctx->saved_data["window"] = window;
+    ctx->saved_data["pinned"] = pinned;
     return out;
   }
 
@@ -68,10 +83,11 @@ struct Attention : Function<Attention> {
     auto& options = ctx->saved_data;
     const auto d = AttentionBackward::apply(
         grads[0], s[0], s[1], s[2], optional(s[3]), optional(s[4]), optional(s[5]), optional(s[6]), s[7], s[8], s[9],
-        s[10], s[11], options["num_landmarks"].toInt(), options["pinv_iterations"].toInt(), options["scale"].toDouble(),
-        options["dropout_p"].toDouble(), options["global_coefficient"].toBool());
+        s[10], s[11], s[12], options["num_landmarks"].toInt(), options["pinv_iterations"].toInt(),
+        options["scale"].toDouble(), options["dropout_p"].toDouble(), options["global_coefficient"].toBool(),
+        options["window"].toInt(), options["pinned"].toInt());
     const Variable none, dconv = s[5].defined() ? d[3] : none;
-    return {d[0], d[1], d[2], none, none, dconv, none, none, none, none, none, none};
+    return {d[0], d[1], d[2], none, none, dconv, none, none, none, none, none, none, none, none};
   }
 };
 
@@ -79,11 +95,12 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
                               const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                               const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
                               std::optional<double> scale, double dropout_p, std::string_view coefficient,
-                              bool enable_gqa) {
+                              bool enable_gqa, int64_t window, int64_t pinned) {
   const Arguments a = resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight, num_landmarks,
-                              pinv_iterations, scale, dropout_p, coefficient, enable_gqa);
+                              pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned);
   return Attention::apply(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                          a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient);
+                          a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window,
+                          a.pinned);
 }
 
 }  // namespace

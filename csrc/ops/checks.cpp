@@ -1,5 +1,8 @@
 #include "checks.h"
 
+#include <ATen/ops/_assert_async.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/equal.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -35,6 +38,20 @@ void check_tensors(const at::Tensor& query, const at::Tensor& key, const at::Ten
                 "dtype must be float64, float32, bfloat16 or float16, got ", dtype, "; cast with .float()");
 }
 
+void check_window(const Arguments& a) {
+  NYSTROM_CHECK(a.window >= 0, "window must not be negative, got ", a.window, "; 0 is no window");
+  NYSTROM_CHECK(a.pinned >= 0, "pinned must not be negative, got ", a.pinned, "; 0 pins no tokens");
+  if (a.window == 0 && a.pinned == 0) return;
+  NYSTROM_CHECK(a.query.sym_size(2) == a.key.sym_size(2),
+                "window and pinned need self-attention, got window = ", a.window, " and pinned = ", a.pinned,
+                " with L = ", a.query.sym_size(2), " and S = ", a.key.sym_size(2),
+                "; leave them out for cross-attention");
+  NYSTROM_CHECK(a.key_padding_mask.has_value() == a.query_padding_mask.has_value(),
+                "window and pinned need the same mask for queries and keys, got only ",
+                a.key_padding_mask ? "key_padding_mask" : "query_padding_mask", "; pass it as ",
+                a.key_padding_mask ? "query_padding_mask" : "key_padding_mask", " too");
+}
+
 }  // namespace
 
 void check(const Arguments& a) {
@@ -56,6 +73,7 @@ void check(const Arguments& a) {
                 " for query and ", value.sym_size(3), " for value");
   check_mask(a.key_padding_mask, "key_padding_mask", "(batch, key tokens)", key);
   check_mask(a.query_padding_mask, "query_padding_mask", "(batch, query tokens)", query);
+  check_window(a);
 
   NYSTROM_CHECK(a.num_landmarks >= 1, "num_landmarks must be at least 1, got ", a.num_landmarks,
                 "; 64 is a good start");
@@ -82,6 +100,21 @@ void check(const Arguments& a) {
   }
 }
 
+void check_same_mask(const Arguments& a) {
+  if ((a.window == 0 && a.pinned == 0) || !a.key_padding_mask) return;
+  const auto &keys = *a.key_padding_mask, &queries = *a.query_padding_mask;
+  if (keys.is_same(queries) || (keys.data_ptr() == queries.data_ptr() && keys.strides() == queries.strides())) return;
+  const char* message =
+      "nystrom_attention: window and pinned need the same mask for queries and keys, got two that differ; pass one "
+      "mask "
+      "twice, or leave window and pinned out";
+  if (keys.device().is_cpu()) {
+    TORCH_CHECK_VALUE(at::equal(keys, queries), message);
+  } else {  // without waiting for the device
+    at::_assert_async(at::eq(keys, queries).all(), message);
+  }
+}
+
 void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved) {
   check(a);
   const auto &q = a.query, &v = a.value;
@@ -90,12 +123,14 @@ void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& sav
                     grad.scalar_type() == q.scalar_type() && grad.device() == q.device(),
                 "the gradient must have the shape, dtype and device of the output, got ", grad.sym_sizes(), ", ",
                 grad.scalar_type(), " on ", grad.device());
-  const auto rows = [](const at::Tensor& saved, const at::Tensor& tokens, int64_t m) {
-    return saved.sym_size(2) == tokens.sym_size(2).min(m) && saved.is_contiguous();
+  const auto L = q.sym_size(2), S = a.key.sym_size(2), rows = L.min(a.num_landmarks),
+             columns = S.min(a.num_landmarks) + S.min(a.pinned),
+             missed = a.window > 0 || a.pinned > 0 ? rows : c10::SymInt(0);
+  const auto fits = [](const at::Tensor& saved, const c10::SymInt& rows) {
+    return saved.sym_size(2) == rows && saved.is_contiguous();
   };
-  NYSTROM_CHECK(rows(saved.qt, q, a.num_landmarks) && rows(saved.u, q, a.num_landmarks) &&
-                    rows(saved.lse, q, a.num_landmarks) && rows(saved.kt, a.key, a.num_landmarks) &&
-                    rows(saved.w, a.key, a.num_landmarks),
+  NYSTROM_CHECK(fits(saved.qt, rows) && fits(saved.u, rows) && fits(saved.lse, rows) && fits(saved.kt, columns) &&
+                    fits(saved.w, columns) && fits(saved.missed, missed),
                 "the saved tensors are not those that _attention_forward returned for these arguments");
 }
 

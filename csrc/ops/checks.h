@@ -7,6 +7,8 @@
 namespace nystrom_ext {
 
 void check(const Arguments& a);
+// Reads the masks; under tracing there is nothing to read.
+void check_same_mask(const Arguments& a);
 void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
 void check_public_options(const at::Tensor& query, const at::Tensor& key, std::string_view coefficient,
                           bool enable_gqa);

@@ -98,9 +98,10 @@ void query_pass(const Forward& f) {
 }
 
 void query_pass_backward(const Backward& g) {
-  const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.keys.landmarks;
+  const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.columns();
   const at::Tensor dw = buffer(g, tasks * rows * g.value_width()), dkt = buffer(g, tasks * rows * g.head_width());
-  const Partials partials{dw.data_ptr(), dkt.data_ptr()};
+  const at::Tensor dmissed = buffer(g, g.extended() ? tasks * g.queries.landmarks : 0);
+  const Partials partials{dw.data_ptr(), dkt.data_ptr(), dmissed.data_ptr()};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward_merge(g, partials, a, b); });
 }
@@ -143,6 +144,10 @@ void forward(Forward& f) {
 
 void backward(Backward& g) {
   const at::Tensor tokens = plan(g);
+  const int64_t rows = g.window > 0 ? g.problems() * g.queries.length : 0;
+  const at::Tensor lse1 = buffer(g, rows), delta1 = buffer(g, rows);
+  g.lse1 = lse1.data_ptr();
+  g.delta1 = delta1.data_ptr();
   query_pass_backward(g);
   core_backward(g);
   key_pass_backward(g);

@@ -17,14 +17,15 @@ struct Arguments {
   int64_t num_landmarks, pinv_iterations;
   double scale, dropout_p;
   bool global_coefficient;
+  int64_t window, pinned;
 };
 
-using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // What the forward op saves for the backward op, in schema order.
 struct Saved {
-  at::Tensor qt, kt, u, lse, w;
+  at::Tensor qt, kt, u, lse, w, missed;
 };
 
 // The signatures of `_attention_forward` and `_attention_backward`.
@@ -32,14 +33,15 @@ using ForwardOp = ForwardResult(const at::Tensor& query, const at::Tensor& key, 
                                 const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                                 const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
                                 int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                                bool global_coefficient);
+                                bool global_coefficient, int64_t window, int64_t pinned);
 using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
                                   const at::Tensor& value, const OptionalTensor& key_padding_mask,
                                   const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
                                   const OptionalTensor& rng_state, const at::Tensor& qt, const at::Tensor& kt,
                                   const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
-                                  int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                                  bool global_coefficient);
+                                  const at::Tensor& missed, int64_t num_landmarks, int64_t pinv_iterations,
+                                  double scale, double dropout_p, bool global_coefficient, int64_t window,
+                                  int64_t pinned);
 
 ForwardResult call_forward(const Arguments& a);
 BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
@@ -48,6 +50,7 @@ BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const S
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                   const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
-                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa);
+                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa,
+                  int64_t window, int64_t pinned);
 
 }  // namespace nystrom_ext

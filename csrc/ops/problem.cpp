@@ -48,6 +48,8 @@ Problem describe(Arguments& a) {
   p.scale = a.scale;
   p.dropout_p = a.dropout_p;
   p.global_coefficient = a.global_coefficient;
+  p.window = std::min(a.window, a.key.size(2));
+  p.pinned = std::min(a.pinned, a.key.size(2));
   p.query = operand(a.query);
   p.key = operand(a.key);
   p.value = operand(a.value);

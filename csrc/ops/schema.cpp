@@ -3,29 +3,34 @@
 
 TORCH_LIBRARY(nystrom_ext, m) {
   // query (B, H, L, d), key (B, H_kv, S, d), value (B, H_kv, S, e) -> (B, H, L, e). Masks bool, true = ignore:
-  // (B, S) and (B, L). conv_weight (H, taps). scale: default 1 / sqrt(d). coefficient: "per_head" or "global".
+  // (B, S) and (B, L). conv_weight (H, taps). scale: default 1 / sqrt(d). coefficient: "per_head" or "global". window,
+  // pinned: exact attention to the tokens at distance <= window and to the first `pinned` ones.
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask=None, *, "
       "Tensor? query_padding_mask=None, Tensor? conv_weight=None, int num_landmarks=64, int pinv_iterations=6, "
-      "float? scale=None, float dropout_p=0.0, str coefficient=\"per_head\", bool enable_gqa=False) -> Tensor",
+      "float? scale=None, float dropout_p=0.0, str coefficient=\"per_head\", bool enable_gqa=False, "
+      "int window=0, int pinned=0) -> Tensor",
       {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
 
   // The same, without randomness of its own: rng_state int64 (2), seed and offset, where dropout_p > 0. Also returns
   // what the backward pass needs, in float64 for float64 inputs and float32 otherwise, rows padded with zeros to a
-  // multiple of 16: Qt (B, H, min(m, L), d), Kt (B, H, min(m, S), d), U (B, H, min(m, L), e), LSE3 (B, H, min(m, L)),
-  // W (B, H, min(m, S), e).
+  // multiple of 16: Qt (B, H, min(m, L), d), Kt (B, H, r, d), U (B, H, min(m, L), e), LSE3 (B, H, min(m, L)),
+  // W (B, H, r, e) with r = min(m, S) + min(pinned, S), and the missed mass (B, H, min(m, L)), of no elements without
+  // window and pinned.
   m.def(
       "_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? "
       "query_padding_mask, "
       "Tensor? conv_weight, Tensor? rng_state, int num_landmarks, int pinv_iterations, float scale, float dropout_p, "
-      "bool global_coefficient) -> (Tensor out, Tensor qt, Tensor kt, Tensor u, Tensor lse, Tensor w)",
+      "bool global_coefficient, int window, int pinned) -> (Tensor out, Tensor qt, Tensor kt, Tensor u, Tensor lse, "
+      "Tensor w, Tensor missed)",
       {at::Tag::pt2_compliant_tag});
 
   // Gradients of query, key, value and conv_weight (empty without one) from grad = dL/d out.
   m.def(
       "_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
       "Tensor? query_padding_mask, Tensor? conv_weight, Tensor? rng_state, Tensor qt, Tensor kt, Tensor u, Tensor lse, "
-      "Tensor w, int num_landmarks, int pinv_iterations, float scale, float dropout_p, bool global_coefficient) -> "
+      "Tensor w, Tensor missed, int num_landmarks, int pinv_iterations, float scale, float dropout_p, "
+      "bool global_coefficient, int window, int pinned) -> "
       "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dconv_weight)",
       {at::Tag::pt2_compliant_tag});
 

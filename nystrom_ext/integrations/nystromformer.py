@@ -42,12 +42,7 @@ class RepairedNystromformerSelfAttention(NystromformerSelfAttention):
             for projection in (self.query, self.key, self.value)
         )
         ignored = None if attention_mask is None else _ignored(attention_mask)
-        options: dict[str, Any] = {
-            "query_padding_mask": ignored,
-            "num_landmarks": self.nystrom_options.num_landmarks,
-            "pinv_iterations": self.nystrom_options.pinv_iterations,
-            "coefficient": self.nystrom_options.coefficient,
-        }
+        options: dict[str, Any] = {"query_padding_mask": ignored, **self.nystrom_options.attention}
         conv_weight = None if self.conv_kernel_size is None else self.conv.weight[:, 0, :, 0]
         context = nystrom_attention(query, key, value, ignored, conv_weight=conv_weight, **options)
         context = context.transpose(1, 2).flatten(2)

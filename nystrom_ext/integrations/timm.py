@@ -48,10 +48,8 @@ class NystromTimmAttention(Attention):
             q,
             k,
             v,
-            num_landmarks=options.num_landmarks,
-            pinv_iterations=options.pinv_iterations,
             dropout_p=self.attn_drop.p if self.training else 0.0,
-            coefficient=options.coefficient,
+            **options.attention,
         )
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:

@@ -140,6 +140,12 @@ def attention(
         raise NotImplementedError(_advice(module, what, sdpa_can))
     if min(L, S) <= options.num_landmarks:
         return sdpa(mask, **arguments)
+    itself = L == S and _is_self_attention(module)
+    if (options.window or options.pinned) and not itself:
+        if options.unsupported_mask == "exact":
+            return sdpa(mask, **arguments)
+        what = f"what may be cross-attention with window={options.window} and pinned={options.pinned}"
+        raise NotImplementedError(_advice(module, what, True))
 
     ignored = None if mask is None else ignored_keys(mask).expand(len(key), S)
     out = nystrom_attention(
@@ -147,13 +153,11 @@ def attention(
         key,
         value,
         ignored,
-        query_padding_mask=ignored if L == S and _is_self_attention(module) else None,
-        num_landmarks=options.num_landmarks,
-        pinv_iterations=options.pinv_iterations,
+        query_padding_mask=ignored if itself else None,
         scale=scaling,
         dropout_p=dropout,
-        coefficient=options.coefficient,
         enable_gqa=query.shape[1] != key.shape[1],
+        **options.attention,
     )
     return out.transpose(1, 2).contiguous(), None
 
