@@ -51,6 +51,9 @@ struct Head {
     pinned = p.pinned;
   }
 
+  // The segment that holds a rank, where queries and keys are the same tokens and in the Nyström regime.
+  int64_t segment(int64_t rank) const { return ((rank + 1) * key_rows - 1) / keys; }
+
   // Rows of Kt and W in use: the pinned tokens follow the landmarks.
   int64_t columns() const { return key_rows + pinned; }
 
