@@ -42,7 +42,8 @@ def nystrom_attention(
         num_landmarks: m, the number of segment means. ``m >= L`` or ``m >= S`` is exact attention.
         pinv_iterations: six are a spectral filter that suits attention; more approximate it worse, not better.
         scale: s, default ``d ** -0.5``.
-        dropout_p: probability of dropping entries of the (L, m) probabilities, and of the window's; pass 0 in evaluation, as with SDPA.
+        dropout_p: probability of dropping entries of the (L, m) probabilities, with those of the window and the pinned
+            tokens; pass 0 in evaluation, as with SDPA.
         conv_weight: (H, taps): a depthwise convolution of the values over the sequence is added; needs L = S.
         coefficient: ``"per_head"``, or ``"global"`` as in the paper's released code, which couples the batch.
         enable_gqa: query head h reads key head ``h // (H // H_kv)``.

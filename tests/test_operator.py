@@ -118,6 +118,12 @@ TILES = {
     "d = 256, dropout": Problem(B=1, H=1, L=70, m=40, d=256, options={"dropout_p": 0.3}),
     "d = 128, few queries, dropout": Problem(B=1, H=1, L=40, S=200, m=64, d=128, options={"dropout_p": 0.3}),
     "d = 64, few keys, convolution": Problem(B=2, H=1, L=70, m=64, d=64, taps=33, mask="holes"),
+    "window, d = 64": Problem(B=1, H=2, L=300, m=40, d=64, taps=5, mask="holes", options={"window": 16, "pinned": 1}),
+    "window, d = 64, grouped": Problem(
+        B=1, H=4, kv_heads=2, L=140, m=70, d=64, options={"window": 70, "pinned": 3, "dropout_p": 0.2}
+    ),
+    "window, d = 128": Problem(B=1, H=1, L=200, m=24, d=128, mask="tail", options={"window": 33}),
+    "window, d = 256": Problem(B=1, H=1, L=150, m=40, d=256, e=72, options={"window": 16, "pinned": 2}),
     "many taps": Problem(B=1, H=2, L=140, m=16, d=64, taps=99, mask="holes"),
 }
 

@@ -353,7 +353,9 @@ def test_minilm_embeddings_beyond_m_tokens(minilm, capsys):
     expected, lengths = minilm(texts)
     assert lengths.min() > 128
     last_half = {"num_landmarks": 64, "include": "encoder.layer.[345].*"}
-    for conversion, floor in (({"num_landmarks": 64}, 0.8), ({"num_landmarks": 128}, 0.85), (last_half, 0.95)):
+    window = {"num_landmarks": 63, "window": 16, "pinned": 1}
+    floors = ({"num_landmarks": 64}, 0.8), ({"num_landmarks": 128}, 0.85), (last_half, 0.95), (window, 0.9)
+    for conversion, floor in floors:
         cosines = (minilm(texts, **conversion)[0] * expected).sum(-1)
         with capsys.disabled():
             print(f"\nall-MiniLM-L6-v2, {lengths.tolist()} tokens, {conversion}: cosine to exact {cosines.tolist()}")

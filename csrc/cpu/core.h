@@ -62,7 +62,7 @@ void similarity(const Forward& f, const Head& s, const CoreScratch<A>& scratch) 
   const int64_t m = f.landmarks, ld = padded(m), width = f.head_width();
   transpose(slice<A>(f.kt, s.n, f.columns(), width), m, f.head_dim, width, scratch.kt, ld, A(f.scale));
   gemm<false>(m, ld, f.head_dim, slice<A>(f.qt, s.n, f.queries.landmarks, width), width, scratch.kt, ld, scratch.a, ld);
-  for (int64_t j = 0; s.key_end(j) <= s.pinned && s.pinned > 0; ++j) {  // a segment of pinned tokens is no column
+  for (int64_t j = 0; s.pinned > 0 && s.key_end(j) <= s.pinned; ++j) {  // a segment of pinned tokens is no column
     for (int64_t i = 0; i < m; ++i) scratch.a[i * ld + j] = A(-__builtin_inf());
   }
   softmax_rows(scratch.a, m, m, ld);

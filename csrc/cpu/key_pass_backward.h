@@ -35,7 +35,7 @@ void pack_query_head(const Backward& g, const Head& s, const KeyPassBackwardScra
   const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
   if (g.taps) read_taps<T>(g, s.h, true, scratch.taps);
   if (s.regime == Regime::exact_keys) return;
-  if (s.window > 0) scratch.near.prepare(s);
+  if (s.window > 0) scratch.near.prepare_pattern(s);
   transpose(slice<A>(g.qt, s.n, rows, d), s.query_rows, g.head_dim, d, scratch.qt, m, A(g.scale));
   transpose(slice<A>(g.du, s.n, rows, e), s.query_rows, g.value_dim, e, scratch.dut, m);
   for (int64_t j = 0; j < m; ++j) {  // columns beyond the landmarks: P3 = exp(0 - infinity) = 0

@@ -7,8 +7,7 @@ namespace {
 
 enum class Regime {
   empty,          // S' = 0: O = 0
-  exact_keys,     // S' <= m, or all pinned: every key is its own landmark, W = V; the query pass alone is exact
-                  // attention
+  exact_keys,     // S' <= m or S' <= pinned: every key is its own landmark, W = V; the query pass alone is exact
   exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
   nystrom,
 };
@@ -50,6 +49,9 @@ struct Head {
     window = p.window < keys ? p.window : keys - 1;
     pinned = p.pinned;
   }
+
+  // The segment that holds a rank, where queries and keys are the same tokens and in the Nyström regime.
+  int64_t segment(int64_t rank) const { return ((rank + 1) * key_rows - 1) / keys; }
 
   // Rows of Kt and W in use: the pinned tokens follow the landmarks.
   int64_t columns() const { return key_rows + pinned; }

@@ -34,21 +34,23 @@ struct Around {
 template <class A>
 struct WindowScratch {
   A *key, *value, *transposed, *transposed_value;  // the tokens around a block, and their transposes
-  A* pattern;                         // (kBandRows, band_width): 0 where row t attends to column c, else -inf
-  A *log_counts, *bias, *logarithms;  // log c_J; the same + missed_sigma; log c for the c that occur
-  A *lse, *delta;                     // of the queries of, or around, a block
-  A *scores, *dscores;                // one band (backward of the key pass)
+  A* pattern;            // (kBandRows, band_width): 0 where row t attends to column c, else -inf
+  A *log_counts, *bias;  // log c_J; the same + missed_sigma
+  A* logarithms;         // log c for c = least_count .. least_count + 2w + 2
+  A *lse, *delta;        // of the queries of, or around, a block
+  A *scores, *dscores;   // one band of keys
   WindowScratch() = default;
   WindowScratch(Arena& arena, const Problem& p) {
     const int64_t w = p.window, around = w > 0 ? kBlock + 2 * w : 0, d = p.head_width(), e = p.value_width();
+    const int64_t columns = p.extended() ? padded(p.columns()) : 0;
     key = arena.take<A>(around * d);
     value = arena.take<A>(around * e);
     transposed = arena.take<A>((d > e ? d : e) * around_width(w));
     transposed_value = arena.take<A>(e * around_width(w));
     pattern = arena.take<A>(kBandRows * band_width(w));
-    log_counts = arena.take<A>(p.extended() ? padded(p.columns()) : 0);
-    bias = arena.take<A>(p.extended() ? padded(p.columns()) : 0);
-    logarithms = arena.take<A>(2 * w + 3);
+    log_counts = arena.take<A>(columns);
+    bias = arena.take<A>(columns);
+    logarithms = arena.take<A>(w > 0 ? 2 * w + 3 : 0);
     lse = arena.take<A>(p.extended() ? kBlock + around_width(w) : 0);
     delta = arena.take<A>(p.extended() ? kBlock + around_width(w) : 0);
     scores = arena.take<A>(kBandRows * band_width(w));
@@ -56,11 +58,14 @@ struct WindowScratch {
   }
 
   // What all blocks of one problem share.
-  void prepare(const Head& s) const {
+  void prepare_pattern(const Head& s) const {
     const int64_t width = band_width(s.window);
     fill(pattern, kBandRows * width, -A(__builtin_inf()));
     for (int64_t t = 0; t < kBandRows && width > 0; ++t) fill(pattern + t * width + t, 2 * s.window + 1, A(0));
-    for (int64_t i = 0; i < 2 * s.window + 3; ++i) logarithms[i] = log_count<A>(smallest_count(s) + i);
+  }
+  void prepare(const Head& s) const {
+    prepare_pattern(s);
+    for (int64_t i = 0; s.window > 0 && i < 2 * s.window + 3; ++i) logarithms[i] = log_count<A>(least_count(s) + i);
     for (int64_t j = 0; j < padded(s.columns()); ++j) {
       log_counts[j] = j < s.key_rows    ? log_count<A>(s.key_end(j) - s.key_begin(j))
                       : j < s.columns() ? A(0)
@@ -68,12 +73,8 @@ struct WindowScratch {
     }
   }
 
-  // log c for c = tokens of a segment outside of a window.
-  A logarithm(const Head& s, int64_t c) const {
-    const int64_t i = c - smallest_count(s);
-    return i >= 0 ? logarithms[i] : log_count<A>(c);  // below: segments with pinned tokens
-  }
-  static int64_t smallest_count(const Head& s) {
+  // The fewest tokens that a window leaves of a segment without pinned ones.
+  static int64_t least_count(const Head& s) {
     const int64_t least = s.keys / s.key_rows - (2 * s.window + 1);
     return least < 0 ? 0 : least;
   }
@@ -122,22 +123,23 @@ void window_products(const Head& s, int64_t n, int64_t columns, Tile<A> x, Tile<
 template <class A>
 class LandmarkBias {
  public:
-  LandmarkBias(const Head& s, const A* missed, const WindowScratch<A>& scratch)
-      : s_(s), missed_(missed), scratch_(scratch) {}
+  LandmarkBias(const Head& s, const A* missed, const WindowScratch<A>& scratch, int64_t first)
+      : s_(s), missed_(missed), scratch_(scratch), least_(scratch.least_count(s)), touched_(s.segment(low(first))) {
+    enter(s.segment(first));
+  }
 
-  // Ranks in ascending order.
+  // Ranks in ascending order from `first` on.
   void write(int64_t rank, A* row) {
-    while (segment_ < 0 || s_.query_offsets[segment_ + 1] <= rank) enter(segment_ + 1);
+    while (s_.query_offsets[segment_ + 1] <= rank) enter(segment_ + 1);
     const int64_t m = padded(s_.columns());
     for (int64_t j = 0; j < m; j += Simd<A>::width) store(row + j, load(scratch_.bias + j));
     if (s_.window == 0) return;
-    const int64_t low = rank - s_.window < s_.pinned ? s_.pinned : rank - s_.window;
-    const int64_t high = rank + s_.window < s_.keys ? rank + s_.window + 1 : s_.keys;
-    while (s_.key_end(touched_) <= low) ++touched_;
-    for (int64_t j = touched_; j < s_.key_rows && s_.key_begin(j) < high; ++j) {
+    const int64_t from = low(rank), to = rank + s_.window < s_.keys ? rank + s_.window + 1 : s_.keys;
+    while (s_.key_end(touched_) <= from) ++touched_;
+    for (int64_t j = touched_; j < s_.key_rows && s_.key_begin(j) < to; ++j) {
       const int64_t begin = s_.key_begin(j), end = s_.key_end(j);
-      const int64_t inside = (end < high ? end : high) - (begin < low ? low : begin);
-      row[j] = scratch_.logarithm(s_, end - begin - inside) + missed_[segment_];
+      const int64_t inside = (end < to ? end : to) - (begin < from ? from : begin);
+      row[j] = logarithm(end - begin - inside) + missed_[segment_];
     }
   }
 
@@ -145,13 +147,20 @@ class LandmarkBias {
   const Head& s_;
   const A* missed_;
   const WindowScratch<A>& scratch_;
-  int64_t segment_ = -1, touched_ = 0;  // sigma(i); the first segment that the window touches
+  int64_t least_, segment_, touched_;  // segment: sigma(i); touched: the first segment that the window reaches into
+
+  // The window's first token that is not pinned.
+  int64_t low(int64_t rank) const { return rank - s_.window < s_.pinned ? s_.pinned : rank - s_.window; }
 
   void enter(int64_t segment) {
     segment_ = segment;
     for (int64_t j = 0; j < padded(s_.columns()); ++j) {
       scratch_.bias[j] = scratch_.log_counts[j] + (j < s_.key_rows ? missed_[segment] : A(0));
     }
+  }
+
+  A logarithm(int64_t count) const {
+    return count < least_ ? log_count<A>(count) : scratch_.logarithms[count - least_];  // fewer: pinned tokens
   }
 };
 
@@ -172,7 +181,7 @@ template <class A>
 void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Tile<A> q, Tile<A> near_key, const A* kt,
                    const WindowScratch<A>& scratch, A* scores) {
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window);
-  LandmarkBias<A> bias(s, slice<A>(f.missed, s.n, f.queries.landmarks), scratch);
+  LandmarkBias<A> bias(s, slice<A>(f.missed, s.n, f.queries.landmarks), scratch, first);
   for (int64_t i = 0; i < n; ++i) bias.write(first + i, scores + i * ld);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     mask_band(s, first + row, rows, scratch.pattern, scores + row * ld + m, ld);
@@ -193,7 +202,7 @@ void keep_row_statistics(const Backward& g, const Head& s, int64_t first, int64_
 template <class A>
 void sum_landmark_columns(const Head& s, int64_t first, int64_t n, const A* ds, int64_t ld, A* dmissed) {
   constexpr int W = Simd<A>::width;
-  int64_t segment = 0;
+  int64_t segment = s.segment(first);
   for (int64_t i = 0; i < n; ++i) {
     while (s.query_offsets[segment + 1] <= first + i) ++segment;
     const A* row = ds + i * ld;

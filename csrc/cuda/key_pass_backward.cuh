@@ -57,7 +57,7 @@ struct KeySweep {
         const A top = valid ? lse[landmark] * A(kLog2e) : A(kInfinity), mean = valid ? delta[landmark] : A(0);
 #pragma unroll
         for (int i = 0; i < E::kRowsPerThread; ++i) {
-          const bool free = first + E::row(i) >= s.pinned;  // pinned keys are no part of P3
+          const bool free = !E::kWindow || first + E::row(i) >= s.pinned;  // pinned keys are no part of P3
           p.at(i, j) = free ? E::exp2(p.at(i, j) * scale - top) : A(0);
           ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
         }
@@ -120,8 +120,8 @@ struct KeySweep {
     for (int i = 0; i < E::kRowsPerThread; ++i) {
       const int rank = first + E::row(i);
       if (rank >= keys.end) continue;
-      const bool own = s.regime == Regime::exact_keys || rank < s.pinned;
-      const int row = rank < s.pinned ? s.keys.rows + rank : s.keys.segment(rank);
+      const bool pinned = E::kWindow && rank < s.pinned, own = s.regime == Regime::exact_keys || pinned;
+      const int row = pinned ? s.keys.rows + rank : s.keys.segment(rank);
       const A share = A(1) / A(s.key_end(row) - s.key_begin(row));
 #pragma unroll
       for (int j = 0; j < E::Output::kColumns; ++j) {
@@ -174,7 +174,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
                              group == 1 ? loaded : 0};
       sweep.add(s, columns, first, dk, dv);
       loaded = columns.loaded;
-      if (s.window > 0) sweep.add_window(s, first, near, dk, dv);
+      if (E::kWindow && s.window > 0) sweep.add_window(s, first, near, dk, dv);
     }
     for_each(dk, E::kRowsPerThread, [&](int, int, A& x) { x *= A(g.scale); });
     for (int h = 0; h < group; ++h) {

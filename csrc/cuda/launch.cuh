@@ -8,22 +8,25 @@
 
 namespace nystrom_ext::cuda {
 
-template <class E>
+template <class E, bool kWindow>
 class Launcher {
-  using P = typename E::KeyTiles;
-  using N = typename E::Narrow;
-  using K = typename E::Narrowest;
+  template <class Plain, class Windowed>
+  using Choose = std::conditional_t<kWindow, WithWindow<Windowed>, Plain>;
+  using P = typename E::KeyTiles;                                            // key pass
+  using Q = Choose<E, typename E::Small>;                                    // queries
+  using N = Choose<typename E::Narrow, typename E::Narrow>;                  // landmarks, two outputs
+  using K = Choose<typename E::Narrowest, typename E::SmallestForTwo>;       // keys, two outputs
   static_assert(K::kOut == N::kOut, "one launch, one number of output tiles");
   using T = typename E::T;
   using A = typename E::Acc;
 
  public:
   static bool fits(const Problem& p, int shared_memory) {
-    const int wide = 2 * ColumnTiles<E>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
-    const int near = WindowMemory<E, E::kCols>::bytes(p);
+    const int wide = 2 * ColumnTiles<Q>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
+    const int near = WindowMemory<Q, Q::kCols>::bytes(p);
     const int needed[] = {KeyPass<P>::kShared,
-                          QueryPass<E>::shared(p) + wide + near,
-                          QueryPassBackward<E>::kShared + wide + near,
+                          QueryPass<Q>::shared(p) + wide + near,
+                          QueryPassBackward<Q>::kShared + wide + near,
                           landmark_sweep_shared(p),
                           key_sweep_shared(p) + narrow,
                           kByLandmarksShared<N>};
@@ -67,7 +70,7 @@ class Launcher {
     return KeySweep<K>::shared(p) + int(round_up(KeySweep<K>::tap_bytes(p), 16)) + near;
   }
 
-  static int64_t output_tiles(int64_t columns) { return divide_up(columns, E::kOut); }
+  static int64_t output_tiles(int64_t columns) { return divide_up(columns, Q::kOut); }
   static int64_t output_tiles(const Problem& p) {  // of the sweeps with two outputs
     return divide_up(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, N::kOut);
   }
@@ -133,23 +136,23 @@ class Launcher {
   }
 
   void query_pass(const Forward& f) const {
-    const int own = QueryPass<E>::shared(f) + WindowMemory<E, E::kCols>::bytes(f);
-    const int slots = column_slots<E>(f.columns(), own);
-    run(device_, cuda::query_pass<E>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
-        own + column_bytes<E>(slots), QueryPassParameters{f, slots});
+    const int own = QueryPass<Q>::shared(f) + WindowMemory<Q, Q::kCols>::bytes(f);
+    const int slots = column_slots<Q>(f.columns(), own);
+    run(device_, cuda::query_pass<Q>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
+        own + column_bytes<Q>(slots), QueryPassParameters{f, slots});
   }
 
   void query_pass_backward(const Backward& g) const {
-    const int own = QueryPassBackward<E>::kShared + WindowMemory<E, E::kCols>::bytes(g);
-    const int slots = column_slots<E>(g.columns(), own);
+    const int own = QueryPassBackward<Q>::kShared + WindowMemory<Q, Q::kCols>::bytes(g);
+    const int slots = column_slots<Q>(g.columns(), own);
     const int64_t partials = g.problems() * chunks(g.queries) * g.columns();
     const QueryPassBackwardParameters p{g,
                                         slots,
                                         allocate<A>(partials * g.value_width()),
                                         allocate<A>(partials * g.head_width()),
                                         allocate<A>(g.extended() ? g.problems() * g.queries.length : 0)};
-    run(device_, query_pass_backward_by_queries<E>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
-        E::kThreads, own + column_bytes<E>(slots), p);
+    run(device_, query_pass_backward_by_queries<Q>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
+        E::kThreads, own + column_bytes<Q>(slots), p);
     run(device_, query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.columns()),
         output_tiles(g), E::kThreads, landmark_sweep_shared(g), p);
     core_backward(p);
@@ -182,8 +185,21 @@ class Launcher {
 };
 
 template <class E>
+struct Launchers {
+  static bool fits(const Problem& p, int shared_memory) {
+    return p.extended() ? Launcher<E, true>::fits(p, shared_memory) : Launcher<E, false>::fits(p, shared_memory);
+  }
+  static void forward(Forward f, const Device& device) {
+    f.extended() ? Launcher<E, true>::forward(f, device) : Launcher<E, false>::forward(f, device);
+  }
+  static void backward(Backward g, const Device& device) {
+    g.extended() ? Launcher<E, true>::backward(g, device) : Launcher<E, false>::backward(g, device);
+  }
+};
+
+template <class E>
 constexpr Schedule make_schedule() {
-  return {Launcher<E>::fits, Launcher<E>::forward, Launcher<E>::backward};
+  return {Launchers<E>::fits, Launchers<E>::forward, Launchers<E>::backward};
 }
 
 }  // namespace nystrom_ext::cuda

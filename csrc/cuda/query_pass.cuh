@@ -58,13 +58,13 @@ struct QueryPass {
     for (int j = 0; j < columns.tiles(); ++j) {
       columns.load(j);
       typename E::Scores p = logits(f, queries.tile(0, first), columns, j, scratch);
-      if (s.extended) window.add_landmark_bias(p, first, queries.end, j * E::kCols);
+      if (E::kWindow && s.extended) window.add_landmark_bias(p, first, queries.end, j * E::kCols);
       softmax.add(p);
       softmax.rescale(o);
       drop(dropout, s, first, queries.end, j, p);
       E::template accumulate<2>(o, p, columns.second(j), out0, scratch);
     }
-    if (s.window > 0) attend_window(s, queries, window, dropout, softmax, first, out0, scratch, o);
+    if (E::kWindow && s.window > 0) attend_window(s, queries, window, dropout, softmax, first, out0, scratch, o);
     for_each(o, E::kRowsPerThread, [&](int i, int, A& x) { x /= softmax.sum[i]; });
     Queries::done();
     return o;

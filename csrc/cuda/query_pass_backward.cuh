@@ -34,7 +34,7 @@ struct QueryPassBackward {
                           typename E::Scores& dp) const {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
-    if (s.extended) window.add_landmark_bias(logits, first, queries.end, j * E::kCols);
+    if (E::kWindow && s.extended) window.add_landmark_bias(logits, first, queries.end, j * E::kCols);
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
   }
@@ -70,7 +70,7 @@ struct QueryPassBackward {
       compute(columns, first, j, logits, dp);
       add_statistics(softmax, logits, dp, delta);
     }
-    if (s.window > 0) {
+    if (E::kWindow && s.window > 0) {
       const typename Window<E>::Stream keys = window.keys(first, queries.end);
       keys.start();
 #pragma unroll 1
@@ -125,13 +125,13 @@ struct QueryPassBackward {
     statistics(columns, first, logits, dp, lse, delta);
     typename E::Output dq;
     for (int j = 0; j < columns.tiles(); ++j) {
-      if (columns.tiles() > 1 || s.window > 0) compute(columns, first, j, logits, dp);
+      if (columns.tiles() > 1 || (E::kWindow && s.window > 0)) compute(columns, first, j, logits, dp);
       differentiate(logits, dp, lse, delta, excess);
-      if (s.extended) sum_landmarks(dp, j, missed);
+      if (E::kWindow && s.extended) sum_landmarks(dp, j, missed);
       E::accumulate(dq, dp, columns.first(j), out0, scratch);
     }
-    if (s.extended) store_missed(first, missed);
-    if (s.window > 0) {
+    if (E::kWindow && s.extended) store_missed(first, missed);
+    if (E::kWindow && s.window > 0) {
       const typename Window<E>::Stream keys = window.keys(first, queries.end);
       keys.start();
 #pragma unroll 1
@@ -215,7 +215,7 @@ struct LandmarkSweep {
                                        char* bias) {
     const A scale = A(g.scale * kLog2e);
     for_each(p, E::kRowsPerThread, [&](int, int, A& x) { x *= scale; });
-    if (s.extended) {
+    if (E::kWindow && s.extended) {
       const A* missed = slice<A>(g.missed, s.n, g.queries.landmarks);
       add_bias<E>(p, bias, [&](int row, int column) {
         const int query = first + column, j = row0 + row;

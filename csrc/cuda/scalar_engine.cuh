@@ -14,8 +14,11 @@ struct ScalarEngine {
   using T = T_;
   using Acc = AccOf<T>;
   using KeyTiles = ScalarEngine;
+  using Small = ScalarEngine;
   using Narrow = ScalarEngine<T, sizeof(Acc) == 8 ? 16 : 64>;  // for sweeps that need the registers for two outputs
   using Narrowest = Narrow;
+  using SmallestForTwo = Narrow;
+  static constexpr bool kWindow = false;
   static constexpr int kThreads = 256, kBlocks = 1, kRows = 64, kCols = 64, kOut = kOut_, kRowsPerThread = 4,
                        kStages = 1;
   static constexpr int kTokenTile = 0, kLandmarkTile = 0;   // nothing stays in shared memory

@@ -25,9 +25,12 @@ struct TensorEngine {
   using Acc = float;
   // The key pass, and the sweeps that need registers for two outputs.
   using KeyTiles = TensorEngine<T, D, D <= 64 ? 64 : 32, D <= 128 ? D : 64>;
+  using Small = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, D <= 64 ? D : 64>;  // beside a window
   static constexpr int kSharedOut = D <= 64 ? D : D == 128 ? 64 : 32;
   using Narrow = TensorEngine<T, D, 32, kSharedOut>;
   using Narrowest = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, kSharedOut>;
+  using SmallestForTwo = TensorEngine<T, D, 16, kSharedOut>;
+  static constexpr bool kWindow = false;
   static constexpr int kThreads = 128, kBlocks = 2, kRows = 64, kCols = kCols_;
   static constexpr int kOut = kOut_;  // columns of one output tile; wider outputs take several blocks
   static constexpr int kRowsPerThread = 2;

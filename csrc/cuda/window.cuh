@@ -7,6 +7,12 @@
 
 namespace nystrom_ext::cuda {
 
+// The engine of the sweeps with option window or pinned, which are kernels of their own: the plain ones pay nothing.
+template <class Engine>
+struct WithWindow : Engine {
+  static constexpr bool kWindow = true;
+};
+
 // Shared memory of the two, after everything else of a block.
 template <class E, int N>
 struct WindowMemory {

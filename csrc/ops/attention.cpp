@@ -87,8 +87,8 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   arrange(backend, a);
   Forward f{describe(a)};
 
-  const bool uneven =
-      key_padding_mask || query_padding_mask || std::min(f.queries.length, f.keys.length) <= f.landmarks;
+  const bool uneven = key_padding_mask || query_padding_mask ||
+                      std::min(f.queries.length, f.keys.length) <= std::max(f.landmarks, f.pinned);
   const auto options = accumulation(query);
   const int64_t rows = f.queries.landmarks, columns = f.columns(), d = f.head_width(), e = f.value_width();
   const auto matrix = [&](int64_t n, int64_t width) { return allocate({f.batch, f.heads, n, width}, options, uneven); };

@@ -106,8 +106,7 @@ void check_same_mask(const Arguments& a) {
   if (keys.is_same(queries) || (keys.data_ptr() == queries.data_ptr() && keys.strides() == queries.strides())) return;
   const char* message =
       "nystrom_attention: window and pinned need the same mask for queries and keys, got two that differ; pass one "
-      "mask "
-      "twice, or leave window and pinned out";
+      "mask twice, or leave window and pinned out";
   if (keys.device().is_cpu()) {
     TORCH_CHECK_VALUE(at::equal(keys, queries), message);
   } else {  // without waiting for the device
