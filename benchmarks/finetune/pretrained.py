@@ -102,10 +102,8 @@ class Job:
         last = self._last(name) if args.resume else None
         if last:
             print(f"{name}: resuming from {last.name}")
-        with interrupts.deferred():
+        with interrupts.deferred(), contextlib.closing(watch):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            interrupts.check()
-        watch.close()
         history = trainer.state.log_history
         steps = [entry for entry in history if "loss" in entry]
         start = time.perf_counter()
@@ -229,7 +227,8 @@ class Watch(TrainerCallback):
         self._bar.set_postfix(self._shown, refresh=False)
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def build(args: argparse.Namespace, attention: str, labels: tuple[str, ...]) -> Any:

@@ -17,7 +17,6 @@ from . import memory
 from .checkpoint import write_atomically
 
 STEP = "forward, backward and optimizer of the whole model, of which attention is a part"
-TURNS = {True: "run in turn", False: "one arm after the other"}
 COLOURS = {
     "softmax": "#8c8c8c", "nystrom": "#1f6fb4", "linformer": "#5aa469", "performer": "#b0413e", "reformer": "#c98f2b",
 }  # fmt: skip
@@ -65,10 +64,8 @@ def show(results: dict[str, Any]) -> None:
             "not measured" if arm["peak_memory_bytes"] is None else f"{arm['peak_memory_bytes'] / 2**20:.0f} MiB",
         )
     console.print(table)
-    console.print(
-        f"¹ median over {results['steps']} steps, {TURNS[results['config']['model'] == 'scratch']}; {STEP}\n² {memory.LABEL}",
-        style="dim",
-    )
+    turns = "run in turn" if results["config"]["model"] == "scratch" else "one arm after the other"
+    console.print(f"¹ median over {results['steps']} steps, {turns}; {STEP}\n² {memory.LABEL}", style="dim")
     if results["ratios"]:
         labels = {"median_seconds_per_step": "time per step", "peak_memory_bytes": "peak memory"}
         parts = [f"{labels[name]} {value:.2f}x" for name, value in results["ratios"].items()]

@@ -101,6 +101,8 @@ def _labelled(layout: Layout, name: str, text: str) -> list[Example]:
                 f"use the official {layout.folder} files"
             )
         examples.append((_text(line, layout.columns), _label(layout, line[layout.label], f"{name} line {number}")))
+    if not examples:
+        raise UsageError(f"{name} must have examples, it has none; get the file again")
     return examples
 
 
