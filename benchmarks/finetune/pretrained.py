@@ -15,13 +15,13 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import UsageError, checkpoint, memory, metrics, model, positions
 from .arguments import config
 from .interrupts import Interrupts
 from .splits import Example, Splits, Text
-from .training import progress
+from .timed_trainer import TimedTrainer, Watch
 
 RUN, ARM = "run.json", "arm.json"
 
@@ -187,48 +187,6 @@ class Job:
 
     def _last(self, name: str) -> Path | None:
         return max(_checkpoints(self.args.output_dir / name), key=_step, default=None)
-
-
-class TimedTrainer(Trainer):
-    """Adds the seconds of the step to what is logged about it."""
-
-    watch: Watch | None = None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.watch:
-            logs["seconds"] = self.watch.seconds
-        super().log(logs, start_time)
-
-
-class Watch(TrainerCallback):
-    """Progress bar, time per step, and signals, which wait for the end of a step and a checkpoint."""
-
-    def __init__(self, interrupts: Interrupts, name: str, total: int) -> None:
-        self.interrupts, self.name, self.total = interrupts, name, total
-        self.seconds = self._start = 0.0
-        self._bar: Any = None
-        self._shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = progress(self.total, f"training, {self.name}", state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._start
-        self._bar.update()
-        if self.interrupts.pending:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        kept = {key.removeprefix("eval_"): x for key, x in (logs or {}).items() if key == "loss" or "eval_" in key}
-        self._shown |= {key: f"{x:.3f}" for key, x in kept.items() if key in ("loss", *metrics.NAMES)}
-        self._bar.set_postfix(self._shown, refresh=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def build(args: argparse.Namespace, attention: str, labels: tuple[str, ...]) -> Any:
