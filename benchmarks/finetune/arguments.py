@@ -223,6 +223,8 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
     others = sorted({*args.attention} - {"softmax", "nystrom"})
     if others and not scratch:
         raise UsageError(f"--attention {others[0]} needs --model scratch, got --model {args.model}; leave it out")
+    if not scratch and args.device not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda for a Hugging Face model, got {args.device}; change one")
     if args.task.startswith("lra-") and not scratch:
         raise UsageError(f"--task {args.task} needs --model scratch, whose tokens are its own; leave --model out")
     if args.write_data and args.task not in GENERATED:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,14 +45,15 @@ class Job:
             self.vocab = AutoConfig.from_pretrained(self.folder).vocab_size
         self.tokenizer.model_max_length = max(args.max_length, self.tokenizer.model_max_length)
         self.sets = {name: self._encoded(getattr(splits, name)) for name in ("train", "dev", "test")}
-        self.lengths = sorted(map(len, self.sets["train"]["input_ids"]))
-        per_epoch = -(-len(self.sets["train"]) // (args.batch_size * args.gradient_accumulation_steps))
-        self.steps = args.max_steps or args.epochs * per_epoch
+        lengths = list(map(len, self.sets["train"]["input_ids"]))
+        self.longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.batch_size :]
+        self.lengths = sorted(lengths)
+        self.per_epoch = math.ceil(math.ceil(len(lengths) / args.batch_size) / args.gradient_accumulation_steps)
+        self.steps = args.max_steps or args.epochs * self.per_epoch
 
     def trial(self, name: str) -> float:
         arm = build(self.args, name, self.splits.labels).train()
-        longest = sorted(range(len(self.sets["train"])), key=lambda i: len(self.sets["train"][i]["input_ids"]))
-        batch = self._collate([self.sets["train"][i] for i in longest[-self.args.batch_size :]])
+        batch = self._collate([self.sets["train"][i] for i in self.longest])
         for _ in range(2):
             start = time.perf_counter()
             arm(**{key: x.to(self.args.device) for key, x in batch.items()}).loss.backward()
@@ -84,8 +87,8 @@ class Job:
             print(f"starting afresh: replaces the checkpoints in {args.output_dir} (--resume continues from them)")
         for name in args.attention:
             (args.output_dir / name / ARM).unlink(missing_ok=True)
-            for old in _checkpoints(args.output_dir / name):
-                (old / "trainer_state.json").unlink()  # incomplete from now on
+            for old in (args.output_dir / name).glob("checkpoint-*"):
+                shutil.rmtree(old)
         text = json.dumps(header, indent=2)
         checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -144,8 +147,8 @@ class Job:
             use_cpu=torch.device(args.device).type == "cpu",
             logging_steps=1,
             logging_nan_inf_filter=False,
-            eval_strategy="steps" if args.eval_steps else "epoch",
-            eval_steps=args.eval_steps,
+            eval_strategy="steps",  # before a checkpoint of the same step, so that none lacks its evaluation
+            eval_steps=args.eval_steps or self.per_epoch,
             save_strategy="steps",
             save_steps=args.checkpoint_every,
             save_total_limit=2,

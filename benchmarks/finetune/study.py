@@ -54,13 +54,13 @@ EXPERIMENTS = {
         f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 1024 --max-train 1000 --max-test 500 --batch-size 8"
     ),
     "listops": Experiment(
-        "--task lra-listops --max-train 8000 --max-test 500 --max-steps 1000 --batch-size 16 "
+        "--task lra-listops --max-train 6000 --max-test 500 --max-steps 750 --batch-size 8 "
         "--learning-rate 1e-3 --eval-steps 250",
         ("all",),
     ),
     "text": Experiment(
         "--task lra-text --data-dir {imdb} --max-length 1024 --max-train 8000 --max-test 1000 "
-        "--max-steps 1000 --batch-size 16 --learning-rate 1e-3 --eval-steps 250",
+        "--max-steps 500 --batch-size 16 --learning-rate 1e-3 --eval-steps 250",
         ("all",),
     ),
     "synthetic": Experiment(

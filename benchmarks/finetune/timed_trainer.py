@@ -42,6 +42,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._start
         self._bar.update()
+        control.should_evaluate |= state.global_step >= state.max_steps
         if self.interrupts.pending:
             control.should_save = control.should_training_stop = True
 
