@@ -104,4 +104,6 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert scaling.main([*words, "--output", str(tmp_path / "s")]) == 0
     assert "s per step" not in capsys.readouterr().out  # all done before
     assert scaling.main(["--lengths", "0"]) == 2
+    (tmp_path / "s.json").write_text("{")
+    assert scaling.main([*words, "--output", str(tmp_path / "s")]) == 2
     torch.set_num_threads(1)

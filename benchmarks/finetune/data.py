@@ -44,6 +44,11 @@ def load(args: argparse.Namespace) -> Splits:
     classes = bool(splits.labels)
     if not splits.test:
         splits.test = splits.dev
+    if args.max_test:
+        same = splits.dev is splits.test
+        splits.test, _ = _take(splits.test, args.max_test, args.seed, classes)
+        splits.dev = splits.test if same else _take(splits.dev, args.max_test, args.seed, classes)[0]
+        splits.further = {name: _take(x, args.max_test, args.seed, classes)[0] for name, x in splits.further.items()}
     if not splits.dev:
         used = min(args.max_train or len(splits.train), len(splits.train))
         splits.dev, splits.train = _take(splits.train, min(MAX_DEV, max(2, used // 10)), args.seed, classes)
@@ -51,11 +56,6 @@ def load(args: argparse.Namespace) -> Splits:
         splits.test, splits.evaluated = splits.dev, "a held-out part of train"
     if args.max_train:
         splits.train, _ = _take(splits.train, args.max_train, args.seed, classes)
-    if args.max_test:
-        same = splits.dev is splits.test
-        splits.test, _ = _take(splits.test, args.max_test, args.seed, classes)
-        splits.dev = splits.test if same else _take(splits.dev, args.max_test, args.seed, classes)[0]
-        splits.further = {name: _take(x, args.max_test, args.seed, classes)[0] for name, x in splits.further.items()}
     for name in ("train", "dev", "test"):
         if not getattr(splits, name):
             raise UsageError(f"the {name} split must have examples, it has none; use more examples")
@@ -71,15 +71,17 @@ def empty_texts(splits: Splits) -> int:
 
 def _take(examples: list[Example], count: int, seed: int, classes: bool) -> tuple[list[Example], list[Example]]:
     """(a random subset of up to ``count`` in which classes keep their shares, the rest), both in the original order."""
-    groups: dict[object, list[int]] = {}
+    groups: dict[float, list[int]] = {}
     for i, (_, label) in enumerate(examples):
-        groups.setdefault(label if classes else "", []).append(i)
+        groups.setdefault(label if classes else 0, []).append(i)
     chosen: set[int] = set()
     before = 0
     for label, indices in sorted(groups.items()):
-        shuffled = random.Random(f"{seed} {label}").sample(indices, len(indices))
-        share = [-(-count * n // len(examples)) for n in (before, before + len(indices))]
-        chosen.update(shuffled[: share[1] - share[0]])
+        random.Random(f"{seed} {label}").shuffle(indices)
+        share = [
+            (2 * count * n + len(examples)) // (2 * len(examples)) for n in (before, before + len(indices))
+        ]  # rounded
+        chosen.update(indices[: share[1] - share[0]])
         before += len(indices)
     return [x for i, x in enumerate(examples) if i in chosen], [x for i, x in enumerate(examples) if i not in chosen]
 

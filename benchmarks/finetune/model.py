@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def convert(model: nn.Module, args: argparse.Namespace) -> None:
             model.set_submodule(name, ours)
 
 
-def nystrom_options(args: argparse.Namespace) -> dict[str, int]:
+def nystrom_options(args: argparse.Namespace) -> dict[str, Any]:
     from nystrom_ext._options import Options
 
     options = {"num_landmarks": args.num_landmarks}

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import UsageError, checkpoint, memory, metrics, model, positions
+from . import UsageError, checkpoint, memory, metrics, model, positions, report
 from .arguments import config
 from .interrupts import Interrupts
 from .splits import Example, Splits, Text
@@ -64,7 +64,9 @@ class Job:
         return {name: self._arm(name, interrupts) for name in self.args.attention}
 
     def predict(self, name: str, split: str) -> Tensor:
-        trained = AutoModelForSequenceClassification.from_pretrained(self._last(name))
+        last = self._last(name)
+        assert last is not None  # the Trainer saves the last step
+        trained = AutoModelForSequenceClassification.from_pretrained(last)
         if name == "nystrom":
             model.convert(trained, self.args)
         texts = self._encoded([(text, 0) for text in self.splits.unlabelled[split]]).remove_columns("labels")
@@ -73,7 +75,7 @@ class Job:
     def _header(self) -> None:
         """Remember what this run is, or check that it is the one to resume."""
         args, path = self.args, self.args.output_dir / RUN
-        header = {"config": config(args), "fingerprint": self.splits.fingerprint()}
+        header: dict[str, Any] = {"config": config(args), "fingerprint": self.splits.fingerprint()}
         if args.resume:
             try:
                 theirs = json.loads(path.read_text())
@@ -89,8 +91,7 @@ class Job:
             (args.output_dir / name / ARM).unlink(missing_ok=True)
             for old in (args.output_dir / name).glob("checkpoint-*"):
                 shutil.rmtree(old)
-        text = json.dumps(header, indent=2)
-        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        report.write_json(path, header)
 
     def _arm(self, name: str, interrupts: Interrupts) -> dict[str, Any]:
         args, done = self.args, self.args.output_dir / name / ARM
@@ -126,12 +127,12 @@ class Job:
         }
         if args.save_model:
             trainer.save_model(str(args.output_dir / name / "model"))
-        text = json.dumps(result)
-        checkpoint.write_atomically(done, lambda file: file.write(text.encode()))
+        report.write_json(done, result)
         return result
 
     def _trainer(self, built: Any, name: str, watch: Watch | None) -> Trainer:
         args = self.args
+        checkpointing: Any = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
         options = TrainingArguments(
             output_dir=str(args.output_dir / name),
             per_device_train_batch_size=args.batch_size,
@@ -154,7 +155,7 @@ class Job:
             save_total_limit=2,
             report_to=args.report_to,
             disable_tqdm=True,
-            **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+            **checkpointing,
         )
         trainer = TimedTrainer(
             model=built,

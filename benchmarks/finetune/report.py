@@ -75,11 +75,15 @@ def show(results: dict[str, Any]) -> None:
 def write(folder: Path, results: dict[str, Any]) -> list[Path]:
     """results.json and results.png; returns their paths."""
     document, figure = folder / "results.json", folder / "results.png"
-    text = json.dumps(results, indent=2) + "\n"
-    write_atomically(document, lambda file: file.write(text.encode()))
+    write_json(document, results)
     drawing = _draw(results)
     write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=150))
     return [document, figure]
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_predictions(folder: Path, arm: str, split: str, labels: tuple[str, ...], outputs: torch.Tensor) -> Path:

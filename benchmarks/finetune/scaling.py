@@ -54,7 +54,10 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     document, figure = options.output.with_suffix(".json"), options.output.with_suffix(".png")
     setting = {name: getattr(options, name) for name in ("num_landmarks", "batch_size", "steps", "threads")}
-    found = json.loads(document.read_text()) if document.exists() else {}
+    try:
+        found = json.loads(document.read_text()) if document.exists() else {}
+    except ValueError as error:
+        raise UsageError(f"{document} must be JSON, it is damaged: {error}; remove it") from error
     if found.get("setting") != setting:
         found = {"setting": setting, "versions": report.versions(), "cases": []}
     done = {(case["attention"], case["length"]) for case in found["cases"]}
@@ -63,8 +66,7 @@ def measure(options: argparse.Namespace) -> None:
             if (attention, length) in done:
                 continue
             found["cases"].append(_case(options, attention, length))
-            text = json.dumps(found, indent=2) + "\n"
-            write_atomically(document, lambda file, text=text: file.write(text.encode()))
+            report.write_json(document, found)
     drawing = draw(found)
     write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=150))
     print(f"wrote {document}\nwrote {figure}")

@@ -12,7 +12,7 @@ import torch
 from . import checkpoint, data, memory, model, training
 from .arguments import config
 from .interrupts import Interrupts
-from .splits import Splits
+from .splits import Example, Splits
 
 
 class Job:
@@ -50,7 +50,7 @@ class Job:
             text = self.tokenizer.to_str(pretty=True)
             checkpoint.write_atomically(args.output_dir / "tokenizer.json", lambda file: file.write(text.encode()))
         arms = [self.arm(name) for name in args.attention]
-        header = {"config": config(args), "fingerprint": self.splits.fingerprint()}
+        header: dict[str, Any] = {"config": config(args), "fingerprint": self.splits.fingerprint()}
         if args.resume:
             state = checkpoint.load(args.output_dir, header["config"], header["fingerprint"])
             for arm in arms:
@@ -69,7 +69,7 @@ class Job:
         """Outputs for an unlabelled split, from the checkpoint of the finished run."""
         arm = self.arm(name)
         arm.restore(torch.load(self.args.output_dir / checkpoint.NAME, weights_only=True)["arms"][name])
-        texts = [(text, 0) for text in self.splits.unlabelled[split]]
+        texts: list[Example] = [(text, 0) for text in self.splits.unlabelled[split]]
         encoded = data.Encoded(texts, self.tokenizer, self.args.max_length)
         return training.outputs(arm, encoded, self.args, f"{split}, {name}")
 

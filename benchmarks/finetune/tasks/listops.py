@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import UsageError
-from ..splits import Splits
+from ..splits import Example, Splits
 from . import files
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
@@ -39,14 +39,18 @@ def read(args: argparse.Namespace) -> Splits:
         source, splits = f"Long-Range Arena ListOps, generated from seed {args.seed}", made
     else:
         source, splits = "Long-Range Arena ListOps", _from_files(args.data_dir)
-    train, dev, test = ([(symbols(text), value) for text, value in splits[name]] for name in SIZES)
-    return Splits(source, LABELS, train, test, dev, tokens="symbols")
+    examples: dict[str, list[Example]] = {
+        name: [(symbols(text), value) for text, value in splits[name]] for name in SIZES
+    }
+    return Splits(source, LABELS, examples["train"], examples["test"], examples["val"], tokens="symbols")
 
 
 def generate(seed: int, sizes: dict[str, int]) -> dict[str, list[tuple[str, int]]]:
     """(expression, value) of each split, in the notation of :func:`expression`; a test set of its own comes first, so
     that it stays the same whatever the size of train."""
-    rng, seen, splits = random.Random(seed), set(), {}
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    splits: dict[str, list[tuple[str, int]]] = {}
     for name in sorted(sizes, key=("test", "val", "train").index):
         splits[name] = []
         while len(splits[name]) < sizes[name]:

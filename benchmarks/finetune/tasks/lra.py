@@ -6,6 +6,7 @@ import argparse
 import io
 import random
 import re
+from collections.abc import Iterator
 
 from .. import UsageError
 from ..splits import Example, Splits
@@ -98,7 +99,7 @@ def _below(prefix: str) -> tuple[str, ...]:
     return tuple(f"{up}curv_contour_length_14/{tail}" for up in ("", prefix) for tail in ("metadata/*.npy", "imgs/*/*"))
 
 
-def _cifar(args: argparse.Namespace):
+def _cifar(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
     return files.members(args.data_dir, CIFAR, ("*.bin", "*/*.bin"))
 
 
@@ -117,7 +118,7 @@ def _grey(planes: bytes) -> bytes:
     import numpy as np
 
     colours = np.frombuffer(planes, np.uint8).reshape(3, -1).astype(np.float32) / 255
-    return np.minimum(np.float32(GREY) @ colours * 255.5, 255).astype(np.uint8).tobytes()
+    return np.minimum(np.array(GREY, np.float32) @ colours * 255.5, 255).astype(np.uint8).tobytes()
 
 
 def _pixels(content: bytes, name: str) -> bytes:

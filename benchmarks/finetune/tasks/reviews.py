@@ -29,11 +29,13 @@ def lra_text(args: argparse.Namespace) -> Splits:
 
 
 def synthetic_reviews(args: argparse.Namespace) -> Splits:
-    train, test = (
-        [(clean(text), label) for text, label in sorted(reviews, key=lambda review: review[1])]
-        for reviews in synthetic.generate(args.max_length, args.seed, args.max_train, args.max_test).values()
-    )
-    return Splits("SYNTHETIC reviews made by this program, no evidence about real text", LABELS, train, test)
+    made = synthetic.generate(args.max_length, args.seed, args.max_train, args.max_test)
+    splits: dict[str, list[Example]] = {
+        name: [(clean(text), label) for text, label in sorted(found, key=lambda review: review[1])]
+        for name, found in made.items()
+    }
+    source = "SYNTHETIC reviews made by this program, no evidence about real text"
+    return Splits(source, LABELS, splits["train"], splits["test"])
 
 
 def write_generated(args: argparse.Namespace) -> None:
