@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,28 @@ def test_a_study_continues_and_survives_failures(data: Path, tmp_path: Path, cap
     assert "| softmax |" in (tmp_path / "study/comparison.md").read_text()
     assert study.main([*words, "--list"]) == 0
     assert study.main(["--data", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_signal_reaches_the_run_and_the_study_continues(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words = ["--data", str(data), "--experiments", "synthetic", "--seeds", "0", "--output", str(tmp_path)]
+    words += ["--extra", "--max-train 8 --max-test 4 --max-length 80 --max-steps 100000 --attention softmax"]
+    run = tmp_path / "synthetic" / "all-seed0"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 50
+        while "training" not in (log.read_text() if (log := run / "log.txt").exists() else ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert study.main(words) == 128 + signal.SIGTERM
+    thread.join()
+    assert "run the same command to continue" in capfd.readouterr().err
+    assert "--resume" in (run / "log.txt").read_text() and (run / "checkpoint.pt").exists()
 
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

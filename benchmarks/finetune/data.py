@@ -78,9 +78,8 @@ def _take(examples: list[Example], count: int, seed: int, classes: bool) -> tupl
     before = 0
     for label, indices in sorted(groups.items()):
         random.Random(f"{seed} {label}").shuffle(indices)
-        share = [
-            (2 * count * n + len(examples)) // (2 * len(examples)) for n in (before, before + len(indices))
-        ]  # rounded
+        ends = (before, before + len(indices))
+        share = [(2 * count * n + len(examples)) // (2 * len(examples)) for n in ends]  # rounded
         chosen.update(indices[: share[1] - share[0]])
         before += len(indices)
     return [x for i, x in enumerate(examples) if i in chosen], [x for i, x in enumerate(examples) if i not in chosen]

@@ -13,10 +13,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from . import UsageError, compare
 from .arguments import Parser
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BASELINES = "--attention softmax nystrom linformer performer reformer"
 # Every run trains softmax once per seed; the others add Nyström settings to the same experiment.
 SETTINGS = {
@@ -123,17 +125,18 @@ def commands(args: argparse.Namespace) -> dict[Path, list[str]]:
 def run(args: argparse.Namespace, plan: dict[Path, list[str]]) -> int:
     """The exit status: 1 when a run failed. The others still run, and the table holds what is there."""
     failed = []
-    for number, (folder, words) in enumerate(plan.items(), 1):
+    for place, (folder, words) in enumerate(plan.items(), 1):
         if (folder / "results.json").exists():
             continue
         begun = any((folder / name).exists() for name in ("checkpoint.pt", "run.json"))
-        print(f"[{number}/{len(plan)}] {time.strftime('%H:%M')} {folder.relative_to(args.output)}", flush=True)
+        print(f"[{place}/{len(plan)}] {time.strftime('%H:%M')} {folder.relative_to(args.output)}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "ab") as log:
-            status = subprocess.call([*words, *(["--resume"] if begun else [])], stdout=log, stderr=subprocess.STDOUT)
-        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
+            status = _call([*words, *(["--resume"] if begun else [])], log)
+        number = -status if status < 0 else status - 128  # a signal ended the run, or the run says so
+        if number in SIGNALS:
             print("interrupted; run the same command to continue", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return 128 + number
         if status:
             failed.append(folder)
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
@@ -141,6 +144,18 @@ def run(args: argparse.Namespace, plan: dict[Path, list[str]]) -> int:
     if any((folder / "results.json").exists() for folder in plan):
         compare.main([str(args.output), "--output", str(args.output / "comparison")])
     return 1 if failed else 0
+
+
+def _call(words: list[str], log: BinaryIO) -> int:
+    """The exit status. Signals go on to the run, which saves a checkpoint, and are waited for."""
+    # In a session of its own, or Ctrl-C would reach it twice, and the second signal does not wait for the step.
+    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    previous = [signal.signal(number, lambda number, frame: process.send_signal(number)) for number in SIGNALS]
+    try:
+        return process.wait()
+    finally:
+        for number, handler in zip(SIGNALS, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def _data(folder: Path, name: str) -> str:
