@@ -1,5 +1,5 @@
-# make demo | test | test-timm | test-simt | test-cuda-build | check-cuda | bench | lint | format | clean. Each sets up
-# what it needs in $(VENV) and says so.
+# make demo | test | smoke | test-timm | test-simt | test-cuda-build | check-cuda | bench | lint | format | clean. Each
+# sets up what it needs in $(VENV) and says so.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test test-timm test-simt test-cuda-build check-cuda bench lint format build clean
+.PHONY: demo test smoke test-timm test-simt test-cuda-build check-cuda bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -15,6 +15,9 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+smoke: build
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_finetune_smoke.py $(ARGS)
 
 # timm imports torchvision, whose wheel would replace a CPU torch by a CUDA one: both go into a folder of their own.
 test-timm: build

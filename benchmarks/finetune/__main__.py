@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from . import UsageError, checkpoint, data, memory, model, report, synthetic, training
-from .arguments import config, parse
+from . import UsageError, checkpoint, data, model, report, scratch
+from .arguments import command_line, config, parse
 from .checkpoint import write_atomically
 from .interrupts import Interrupted, Interrupts
+from .splits import Splits
+from .tasks import listops, reviews
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,18 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interrupts.caught():
             args = parse(argv)
-            if args.write_synthetic:
-                reviews = synthetic.generate(args.max_length, args.seed, args.max_train, args.max_test)
-                synthetic.write(args.write_synthetic, reviews)
-                print(f"wrote {args.write_synthetic}")
+            if args.write_data:
+                (listops if args.task == "lra-listops" else reviews).write_generated(args)
+                print(f"wrote {args.write_data}")
             else:
                 run(args, interrupts)
         return 0
     except UsageError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error) or args is None:
+            raise
+        print("error:", _advice(args), file=sys.stderr)
+        return 2
     except Interrupted as interrupted:
-        kept = args and not args.write_synthetic and (args.output_dir / checkpoint.NAME).exists()
+        kept = (
+            args and not args.write_data and any((args.output_dir / x).exists() for x in (checkpoint.NAME, "run.json"))
+        )
         way = "run the same command with --resume to continue" if kept else "nothing was begun"
         print(f"\ninterrupted by signal {interrupted.number}; {way}", file=sys.stderr)
         return 128 + interrupted.number
@@ -44,30 +49,67 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, interrupts: Interrupts) -> None:
     _prepare(args)
     splits = data.load(args)
-    tokenizer = _tokenizer(args, splits)
-    sets = {name: data.Encoded(getattr(splits, name), tokenizer, args.max_length) for name in ("train", "dev", "test")}
-    lengths = sorted(len(ids) for ids in sets["train"].ids)
-    shape = (tokenizer.get_vocab_size(), len(splits.labels))
-    print(f"data: {splits.source}")
-    print("      " + ", ".join(f"{len(encoded):,} {name}" for name, encoded in sets.items()), end="; ")
-    print(f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}; {shape[0]:,} words")
-    arms = [training.Arm.create(name, model.build(args, name, *shape), args) for name in args.attention]
-    _train(args, arms, sets, splits.fingerprint(), interrupts)
-
+    job: Any = scratch.Job(args, splits) if args.model == "scratch" else _pretrained().Job(args, splits)
+    _describe(splits, job)
+    if args.dry_run:
+        for name in args.attention:
+            seconds = job.trial(name)
+            print(
+                f"{name}: {seconds:.3f} s per step on the longest texts, so at most {job.steps * seconds / 60:.0f} min"
+            )
+        print("dry run: nothing was written")
+        return
     results: dict[str, Any] = {
         "task": args.task,
         "source": splits.source,
         "config": config(args),
+        "command": "python -m benchmarks.finetune " + command_line(args),
         "versions": report.versions(),
         "threads": torch.get_num_threads(),
-        "steps": len(arms[0].losses),
-        "sizes": {name: len(encoded) for name, encoded in sets.items()} | {"vocab": shape[0], "longest": lengths[-1]},
-        "arms": {arm.name: _evaluate(args, arm, sets["test"], shape) for arm in arms},
+        "evaluated": splits.evaluated,
+        "steps": job.steps,
+        "sizes": {name: len(encoded) for name, encoded in job.sets.items()}
+        | {"vocab": job.vocab, "longest": job.lengths[-1]},
+        "arms": job.run(interrupts),
     }
     results["ratios"] = report.ratios(results["arms"])
     report.show(results)
     for path in report.write(args.output_dir, results):
         print(f"wrote {path}")
+    for name in args.attention if args.do_predict else ():
+        for split in splits.unlabelled:
+            path = report.write_predictions(args.output_dir, name, split, splits.labels, job.predict(name, split))
+            print(f"wrote {path}")
+
+
+def _pretrained() -> Any:
+    try:
+        from . import pretrained
+    except ImportError as error:
+        raise UsageError(f"a Hugging Face --model needs other packages: {error}; pip install .[finetune]") from error
+    return pretrained
+
+
+def _describe(splits: Splits, job: Any) -> None:
+    print(f"data: {splits.source}")
+    print("      " + ", ".join(f"{len(encoded):,} {name}" for name, encoded in job.sets.items()), end="; ")
+    lengths = job.lengths
+    print(f"{lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}; {job.vocab:,} words")
+    empty = data.empty_texts(splits)
+    if empty:
+        print(f"      {empty} empty texts are kept, as one unknown token")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def _advice(args: argparse.Namespace) -> str:
+    ways = "lower --batch-size or --max-length, or leave out softmax from --attention"
+    if args.model != "scratch":
+        ways += "; --gradient-accumulation-steps keeps the batch, --gradient-checkpointing trades time for memory"
+    return f"a step must fit into memory, {args.batch_size} texts of {args.max_length} tokens do not; {ways}"
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -75,6 +117,8 @@ def _prepare(args: argparse.Namespace) -> None:
     model.check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.dry_run:
+        return
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,52 +126,6 @@ def _prepare(args: argparse.Namespace) -> None:
         raise UsageError(f"{reason}; choose another") from error
     write_atomically(args.output_dir / ".writable", lambda file: None)
     (args.output_dir / ".writable").unlink()
-
-
-def _tokenizer(args: argparse.Namespace, splits: data.Splits) -> Tokenizer:
-    tokenizer = data.train_tokenizer([text for text, _ in splits.train], args.vocab_size)
-    text = tokenizer.to_str(pretty=True)
-    write_atomically(args.output_dir / "tokenizer.json", lambda file: file.write(text.encode()))
-    return tokenizer
-
-
-def _train(
-    args: argparse.Namespace,
-    arms: list[training.Arm],
-    sets: dict[str, data.Encoded],
-    fingerprint: str,
-    interrupts: Interrupts,
-) -> None:
-    header = {"config": config(args), "fingerprint": fingerprint}
-    if args.resume:
-        state = checkpoint.load(args.output_dir, config(args), fingerprint)
-        for arm in arms:
-            arm.restore(state["arms"][arm.name])
-        print(f"resuming after step {len(arms[0].losses)}")
-    elif (args.output_dir / checkpoint.NAME).exists():
-        print(f"starting afresh: replaces the checkpoint in {args.output_dir} (--resume continues from it)")
-
-    def save() -> None:
-        checkpoint.save(args.output_dir, {**header, "arms": {arm.name: arm.state() for arm in arms}})
-
-    training.train(arms, sets["train"], sets["dev"], args, interrupts, save)
-
-
-def _evaluate(
-    args: argparse.Namespace, arm: training.Arm, test: data.Encoded, shape: tuple[int, int]
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    accuracy = training.accuracy(arm, test, args, f"test, {arm.name}")
-    return {
-        "parameters": sum(p.numel() for p in arm.model.parameters()),
-        "test_accuracy": accuracy,
-        "test_seconds": time.perf_counter() - start,
-        "dev_accuracy": {str(step): value for step, value in arm.dev.items()},
-        "median_seconds_per_step": statistics.median(arm.seconds),
-        "peak_memory_bytes": memory.measure(args, arm.name, *shape),
-        "losses": arm.losses,
-        "seconds": arm.seconds,
-    }
 
 
 if __name__ == "__main__":

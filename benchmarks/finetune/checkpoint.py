@@ -43,10 +43,15 @@ def load(folder: Path, config: dict[str, object], fingerprint: str) -> dict[str,
         theirs, data, _ = state["config"], state["fingerprint"], state["arms"]
     except Exception as error:  # a damaged file fails in many ways
         raise UsageError(f"{path} must be a checkpoint of this program, it is damaged; leave out --resume") from error
+    check_same(theirs, config, data == fingerprint)
+    return state
+
+
+def check_same(theirs: dict[str, object], config: dict[str, object], same_data: bool) -> None:
+    """Whether a run may be resumed with this configuration."""
     names = sorted(name for name in {*theirs, *config} if theirs.get(name) != config.get(name))
     if names:
         changed = ", ".join(f"{name} was {theirs.get(name)}, is {config.get(name)}" for name in names)
         raise UsageError(f"--resume needs the options of the first run: {changed}; restore them")
-    if data != fingerprint:
-        raise UsageError(f"--resume needs the data of the first run, those of {path} were others; restore them")
-    return state
+    if not same_data:
+        raise UsageError("--resume needs the data of the first run, they were others; restore them")

@@ -1,170 +1,137 @@
-"""Readers of the data sets, the tokenizer and the batches.
+"""Which task reads what, the tokenizer of models from scratch, and the batches.
 
-A task is one function of the arguments that returns :class:`Splits`; to add one, write it and register it in ``TASKS``.
+To add a task, write its reader in :mod:`.tasks` and name it in ``TASKS``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import lzma
 import random
-import re
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from . import UsageError, synthetic
+from . import UsageError
+from .splits import Example, Splits, Text, parts
+from .tasks import glue, listops, lra, reviews, tables
 
-Example = tuple[str, int]  # text, label
 PAD, UNKNOWN = 0, 1  # token numbers
+BYTES = 2 + 256  # vocabulary of the tasks whose tokens are bytes
 MAX_DEV = 2000
-REVIEW = re.compile(r"(?:^|/)(train|test)/(neg|pos)/\d+_\d+\.txt$")
 
-
-@dataclass
-class Splits:
-    """Examples of each split; a reader leaves ``dev`` empty when the data set has none."""
-
-    source: str  # one line: what the data are
-    labels: tuple[str, ...]
-    train: list[Example]
-    test: list[Example]
-    dev: list[Example] = field(default_factory=list)
-
-    def fingerprint(self) -> str:
-        """Changes with any text, label or order: a run must resume on the data it began with."""
-        digest = hashlib.sha256()
-        for name in ("train", "dev", "test"):
-            for text, label in getattr(self, name):
-                digest.update(f"{name}\0{label}\0{text}\0".encode())
-        return digest.hexdigest()
+TASKS: dict[str, Callable[[argparse.Namespace], Splits]] = {
+    "imdb": reviews.imdb,
+    **dict.fromkeys(glue.LAYOUTS, glue.read),
+    "lra-listops": listops.read,
+    "lra-text": reviews.lra_text,
+    "lra-image": lra.image,
+    "lra-pathfinder": lra.pathfinder,
+    "lra-retrieval": lra.retrieval,
+    "synthetic": reviews.synthetic_reviews,
+    "files": tables.read_files,
+    "hub": tables.read_hub,
+}
 
 
 def load(args: argparse.Namespace) -> Splits:
-    """Read the task, apply --max-train and --max-test, and hold out a tenth of train where there is no dev split."""
+    """Read the task, apply --max-train and --max-test, and hold out a tenth of train where there is no dev split.
+
+    Where test has no labels, dev takes its place; nothing is ever chosen by it.
+    """
     splits = TASKS[args.task](args)
+    classes = bool(splits.labels)
+    if not splits.test:
+        splits.test = splits.dev
+    if args.max_test:
+        same = splits.dev is splits.test
+        splits.test, _ = _take(splits.test, args.max_test, args.seed, classes)
+        splits.dev = splits.test if same else _take(splits.dev, args.max_test, args.seed, classes)[0]
+        splits.further = {name: _take(x, args.max_test, args.seed, classes)[0] for name, x in splits.further.items()}
     if not splits.dev:
         used = min(args.max_train or len(splits.train), len(splits.train))
-        splits.dev, splits.train = _take(splits.train, min(MAX_DEV, max(2, used // 10)), args.seed)
+        splits.dev, splits.train = _take(splits.train, min(MAX_DEV, max(2, used // 10)), args.seed, classes)
+    if not splits.test:
+        splits.test, splits.evaluated = splits.dev, "a held-out part of train"
     if args.max_train:
-        splits.train, _ = _take(splits.train, args.max_train, args.seed)
-    if args.max_test:
-        splits.test, _ = _take(splits.test, args.max_test, args.seed)
+        splits.train, _ = _take(splits.train, args.max_train, args.seed, classes)
     for name in ("train", "dev", "test"):
-        present = {label for _, label in getattr(splits, name)}
-        for number, label in enumerate(splits.labels):
-            if number not in present:
-                raise UsageError(f"the {name} split must have every class, it has no {label}; use more examples")
+        if not getattr(splits, name):
+            raise UsageError(f"the {name} split must have examples, it has none; use more examples")
+    if classes and len({label for _, label in splits.train}) < 2:
+        raise UsageError("the train split must have two classes or more, it has one; use more examples")
     return splits
 
 
-def _take(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(a balanced random subset of up to ``count``, the rest), both in the original order."""
-    labels = sorted({label for _, label in examples})
+def empty_texts(splits: Splits) -> int:
+    examples = splits.train + splits.dev + splits.test
+    return sum(not any(part.strip() for part in parts(text)) for text, _ in examples)
+
+
+def _take(examples: list[Example], count: int, seed: int, classes: bool) -> tuple[list[Example], list[Example]]:
+    """(a random subset of up to ``count`` in which classes keep their shares, the rest), both in the original order."""
+    groups: dict[float, list[int]] = {}
+    for i, (_, label) in enumerate(examples):
+        groups.setdefault(label if classes else 0, []).append(i)
     chosen: set[int] = set()
-    for rank, label in enumerate(labels):
-        indices = [i for i, example in enumerate(examples) if example[1] == label]
+    before = 0
+    for label, indices in sorted(groups.items()):
         random.Random(f"{seed} {label}").shuffle(indices)
-        chosen.update(indices[: (count + len(labels) - 1 - rank) // len(labels)])
+        ends = (before, before + len(indices))
+        share = [(2 * count * n + len(examples)) // (2 * len(examples)) for n in ends]  # rounded
+        chosen.update(indices[: share[1] - share[0]])
+        before += len(indices)
     return [x for i, x in enumerate(examples) if i in chosen], [x for i, x in enumerate(examples) if i not in chosen]
-
-
-# ---- tasks
-
-
-def _synthetic(args: argparse.Namespace) -> Splits:
-    train, test = (
-        [(_clean(text), label) for text, label in sorted(reviews, key=lambda review: review[1])]
-        for reviews in synthetic.generate(args.max_length, args.seed, args.max_train, args.max_test).values()
-    )
-    source = "SYNTHETIC reviews made by this program, no evidence about real text"
-    return Splits(source, ("neg", "pos"), train, test)
-
-
-def _imdb(args: argparse.Namespace) -> Splits:
-    """aclImdb: {train,test}/{pos,neg}/ID_RATING.txt in a folder or a tar archive; anything else in it is ignored."""
-    path: Path = args.data_dir
-    if not path.exists():
-        raise UsageError(f"--data-dir must exist, got {path}; download aclImdb_v1.tar.gz and name it or its folder")
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for name, content in _folder(path) if path.is_dir() else _archive(path):
-        split, label, file = name.split("/")[-3:]
-        found.setdefault((split, label), []).append((file, _decode(content, name)))
-    splits: dict[str, list[Example]] = {"train": [], "test": []}
-    for split, examples in splits.items():
-        for number, label in enumerate(("neg", "pos")):
-            if (split, label) not in found:
-                raise UsageError(
-                    f"every class needs reviews named ID_RATING.txt, none in {split}/{label} of {path}; "
-                    "name the folder that holds train and test"
-                )
-            examples += [(_clean(text), number) for _, text in sorted(found[split, label])]
-    return Splits("Large Movie Review Dataset (aclImdb)", ("neg", "pos"), splits["train"], splits["test"])
-
-
-TASKS: dict[str, Callable[[argparse.Namespace], Splits]] = {"imdb": _imdb, "synthetic": _synthetic}
-
-
-def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each review below ``path``, or below its folder aclImdb."""
-    root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
-    for file in root.glob("t*/*/*.txt"):
-        if REVIEW.search(file.as_posix()):
-            try:
-                yield file.as_posix(), file.read_bytes()
-            except OSError as error:
-                raise UsageError(f"every review must be readable, {file}: {error.strerror}; repair it") from error
-
-
-def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                stream = archive.extractfile(member) if REVIEW.search(member.name) else None
-                if stream:
-                    yield member.name, stream.read()
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise UsageError(f"--data-dir must be a folder or an intact tar, {path}: {error}; get it again") from error
-
-
-def _decode(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"reviews must be UTF-8, {name} is not at byte {error.start}; repair or remove it") from error
-
-
-def _clean(text: str) -> str:
-    return " ".join(text.replace("<br />", " ").split())
 
 
 # ---- tokens
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Lower-cased words and punctuation marks; the most frequent ``vocab_size`` of them, special tokens included."""
+def train_tokenizer(texts: list[Text], vocab_size: int, tokens: str = "words") -> Tokenizer:
+    """The most frequent ``vocab_size`` tokens, special ones included: lower-cased words and punctuation marks, or
+    "symbols", which stand between blanks. The texts of a pair are joined by [SEP]."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False, special_tokens=["[PAD]", "[UNK]"])
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    pairs = any(isinstance(text, tuple) for text in texts)
+    special = ["[PAD]", "[UNK]", *(["[SEP]"] if pairs else [])]
+    if tokens == "words":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False, special_tokens=special)
+    tokenizer.train_from_iterator([part for text in texts for part in parts(text)], trainer, length=len(texts))
+    if pairs:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A", pair="$A [SEP] $B", special_tokens=[("[SEP]", special.index("[SEP]"))]
+        )
     return tokenizer
 
 
-class Encoded:
-    """A split as token numbers. ``batch`` gives ids (B, n) padded to the longest text in the batch, and labels (B,)."""
+def encode(texts: list[Text], tokenizer: Tokenizer | None, max_length: int) -> list[list[Tensor]]:
+    """Token numbers of each text; bytes, which need no tokenizer, of each of its parts."""
+    if tokenizer is None:
+        return [[_bytes(part, max_length) for part in parts(text)] for text in texts]
+    tokenizer.enable_truncation(max_length)
+    return [[_ids(encoding.ids)] for encoding in tokenizer.encode_batch(texts)]
 
-    def __init__(self, examples: list[Example], tokenizer: Tokenizer, max_length: int) -> None:
-        tokenizer.enable_truncation(max_length)
-        encodings = tokenizer.encode_batch([text for text, _ in examples])
-        self.ids = [torch.tensor(encoding.ids or [UNKNOWN], dtype=torch.int32) for encoding in encodings]
+
+def _bytes(part: str | bytes, max_length: int) -> Tensor:
+    content = part.encode() if isinstance(part, str) else part
+    return _ids([byte + 2 for byte in content[:max_length]])
+
+
+def _ids(ids: list[int]) -> Tensor:
+    return torch.tensor(ids or [UNKNOWN], dtype=torch.int32)
+
+
+class Encoded:
+    """A split as token numbers. ``batch`` gives ids (B, n), or (B, 2, n) for pairs of bytes, padded to the longest text
+    in the batch, and labels (B,)."""
+
+    def __init__(self, examples: list[Example], tokenizer: Tokenizer | None, max_length: int) -> None:
+        self.ids = encode([text for text, _ in examples], tokenizer, max_length)
+        self.lengths = [max(map(len, ids)) for ids in self.ids]
         self.labels = torch.tensor([label for _, label in examples])
         self._order: tuple[str, list[int]] = ("", [])  # of the current epoch
 
@@ -172,8 +139,9 @@ class Encoded:
         return len(self.ids)
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        ids = torch.nn.utils.rnn.pad_sequence([self.ids[i] for i in indices], batch_first=True, padding_value=PAD)
-        return ids, self.labels[indices]
+        texts = [ids for i in indices for ids in self.ids[i]]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
+        return ids if len(texts) == len(indices) else ids.unflatten(0, (len(indices), -1)), self.labels[indices]
 
     def training_batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """The batch of a step: a function of step and seed alone, so that a resumed run sees the same ones."""
@@ -188,5 +156,5 @@ class Encoded:
 
     def evaluation_batches(self, batch_size: int) -> list[list[int]]:
         """Indices of texts of similar length together, which keeps padding small."""
-        order = sorted(range(len(self)), key=lambda i: len(self.ids[i]))
+        order = sorted(range(len(self)), key=lambda i: self.lengths[i])
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -15,9 +15,9 @@ LABEL = (
 )
 
 
-def measure(args: argparse.Namespace, attention: str, vocab: int, labels: int) -> int | None:
+def measure(args: argparse.Namespace, attention: str, vocab: int, labels: int, dual: bool) -> int | None:
     """Bytes, or None where the system does not tell or the process dies."""
-    return peak(args.device, _training, args, attention, vocab, labels)
+    return peak(args.device, _training, args, attention, vocab, labels, dual)
 
 
 def peak(device: str, prepare: Callable[..., Callable[[], object]], *args: object) -> int | None:
@@ -54,7 +54,7 @@ def _child(
     del kept
 
 
-def _training(args: argparse.Namespace, attention: str, vocab: int, labels: int) -> Callable[[], None]:
+def _training(args: argparse.Namespace, attention: str, vocab: int, labels: int, dual: bool) -> Callable[[], None]:
     import torch
 
     from .model import build
@@ -62,11 +62,12 @@ def _training(args: argparse.Namespace, attention: str, vocab: int, labels: int)
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    arm = Arm.create(attention, build(args, attention, vocab, labels), args)
-    ids = torch.randint(1, vocab, (args.batch_size, args.max_length), dtype=torch.int32)
-    targets = torch.zeros(args.batch_size, dtype=torch.long)
+    arm = Arm.create(attention, build(args, attention, vocab, labels, dual), args)
+    shape = (args.batch_size, *([2] if dual else []), args.max_length)
+    ids = torch.randint(1, vocab, shape, dtype=torch.int32)
+    targets = torch.zeros(args.batch_size, dtype=torch.long if labels > 1 else torch.float)
     # Gradients of a tiny batch load the libraries, which are not memory of the step.
-    arm.loss(ids[:1, :8], targets[:1]).backward()
+    arm.loss(ids[:1, ..., :8], targets[:1]).backward()
     arm.optimizer.zero_grad()
 
     def steps() -> None:

@@ -17,13 +17,18 @@ from . import memory
 from .checkpoint import write_atomically
 
 STEP = "forward, backward and optimizer of the whole model, of which attention is a part"
-COLOURS = {"softmax": "#8c8c8c", "nystrom": "#1f6fb4"}
-NAMES = {"softmax": "softmax", "nystrom": "Nyström"}
+COLOURS = {
+    "softmax": "#8c8c8c", "nystrom": "#1f6fb4", "linformer": "#5aa469", "performer": "#b0413e", "reformer": "#c98f2b",
+}  # fmt: skip
+NAMES = {
+    "softmax": "softmax", "nystrom": "Nyström", "linformer": "Linformer", "performer": "Performer",
+    "reformer": "Reformer",
+}  # fmt: skip
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    for package in ("nystrom_ext", "tokenizers"):
+    for package in ("nystrom_ext", "tokenizers", "transformers", "datasets", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -46,18 +51,21 @@ def ratios(arms: dict[str, Any]) -> dict[str, float] | None:
 def show(results: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table(title=results["source"], caption_justify="left")
-    for column in ("attention", "parameters", "test accuracy", "s / training step ¹", "peak memory ²"):
+    metrics = list(next(iter(results["arms"].values()))["test"])
+    columns = [f"{results['evaluated']} {metric}" for metric in metrics]
+    for column in ("attention", "parameters", *columns, "s / training step ¹", "peak memory ²"):
         table.add_column(column, justify="left" if column == "attention" else "right")
     for name, arm in results["arms"].items():
         table.add_row(
             NAMES[name],
             f"{arm['parameters']:,}",
-            f"{arm['test_accuracy']:.1%} of {results['sizes']['test']:,}",
+            *(f"{arm['test'][metric]:.1%} of {results['sizes']['test']:,}" for metric in metrics),
             f"{arm['median_seconds_per_step']:.4f}",
             "not measured" if arm["peak_memory_bytes"] is None else f"{arm['peak_memory_bytes'] / 2**20:.0f} MiB",
         )
     console.print(table)
-    console.print(f"¹ median over {results['steps']} steps run in turn; {STEP}\n² {memory.LABEL}", style="dim")
+    turns = "run in turn" if results["config"]["model"] == "scratch" else "one arm after the other"
+    console.print(f"¹ median over {results['steps']} steps, {turns}; {STEP}\n² {memory.LABEL}", style="dim")
     if results["ratios"]:
         labels = {"median_seconds_per_step": "time per step", "peak_memory_bytes": "peak memory"}
         parts = [f"{labels[name]} {value:.2f}x" for name, value in results["ratios"].items()]
@@ -67,11 +75,24 @@ def show(results: dict[str, Any]) -> None:
 def write(folder: Path, results: dict[str, Any]) -> list[Path]:
     """results.json and results.png; returns their paths."""
     document, figure = folder / "results.json", folder / "results.png"
-    text = json.dumps(results, indent=2) + "\n"
-    write_atomically(document, lambda file: file.write(text.encode()))
+    write_json(document, results)
     drawing = _draw(results)
     write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=150))
     return [document, figure]
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_predictions(folder: Path, arm: str, split: str, labels: tuple[str, ...], outputs: torch.Tensor) -> Path:
+    """index and prediction, as GLUE's server takes them."""
+    answers = [labels[i] for i in outputs.argmax(1)] if labels else [f"{x:.3f}" for x in outputs.flatten()]
+    lines = ["index\tprediction", *(f"{i}\t{answer}" for i, answer in enumerate(answers))]
+    path = folder / f"{split}-{arm}.tsv"
+    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    return path
 
 
 def _draw(results: dict[str, Any]) -> Any:
@@ -80,6 +101,12 @@ def _draw(results: dict[str, Any]) -> Any:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[3, 1, 1, 1])
     arms = results["arms"]
+    metric = next(iter(next(iter(arms.values()))["test"]))
+    values = {
+        "seconds": {name: arm["median_seconds_per_step"] for name, arm in arms.items()},
+        "metric": {name: 100 * arm["test"][metric] for name, arm in arms.items()},
+        "memory": {name: arm["peak_memory_bytes"] and arm["peak_memory_bytes"] / 2**20 for name, arm in arms.items()},
+    }
     for name, arm in arms.items():
         losses, width = arm["losses"], max(1, results["steps"] // 20)
         smooth = [statistics.fmean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
@@ -89,17 +116,18 @@ def _draw(results: dict[str, Any]) -> Any:
     axes[0].set_title(f"training loss (thick: mean of {width} steps)", fontsize=10)
     axes[0].legend(frameon=False)
     bars = (
-        ("seconds per step", "median_seconds_per_step", 1.0, "{:.3f}"),
-        ("test accuracy, %", "test_accuracy", 100.0, "{:.1f}"),
-        ("peak memory, MiB", "peak_memory_bytes", 2.0**-20, "{:.0f}"),
+        ("seconds per step", "seconds", "{:.3f}"),
+        (f"{results['evaluated']} {metric}, %", "metric", "{:.1f}"),
+        ("peak memory, MiB", "memory", "{:.0f}"),
     )
-    for ax, (title, key, factor, form) in zip(axes[1:], bars, strict=True):
-        values = [arm[key] and factor * arm[key] for arm in arms.values()]
-        heights, labels = [v or 0 for v in values], ["n/a" if v is None else form.format(v) for v in values]
+    for ax, (title, key, form) in zip(axes[1:], bars, strict=True):
+        found = values[key].values()
+        heights, labels = [v or 0 for v in found], ["n/a" if v is None else form.format(v) for v in found]
         drawn = ax.bar([NAMES[name] for name in arms], heights, color=[COLOURS[name] for name in arms], width=0.6)
         ax.bar_label(drawn, labels)
         ax.set_title(title, fontsize=10)
         ax.set_yticks([])
+        ax.tick_params(axis="x", rotation=0 if len(arms) < 3 else 60)
         ax.set(xlim=(-0.8, len(arms) - 0.2), ymargin=0.12)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

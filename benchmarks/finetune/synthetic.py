@@ -8,13 +8,11 @@ reading the whole sentence is right always. :func:`verdict` is the rule written 
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import tempfile
 from pathlib import Path
 
-from . import UsageError
+from .tasks.files import new_folder
 
 ADJECTIVES = {
     0: "awful boring clumsy dreadful dull feeble hollow lifeless messy painful shallow tedious".split(),
@@ -88,21 +86,13 @@ def generate(length: int, seed: int, train: int | None = None, test: int | None 
 
 def write(folder: Path, splits: dict[str, list[Review]]) -> None:
     """Write as an aclImdb folder, complete or not at all."""
-    if folder.exists():
-        raise UsageError(f"--write-synthetic must name a new folder, {folder} exists; choose another name")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            root = Path(temporary, "complete")
-            for split, reviews in splits.items():
-                for name in ("neg", "pos"):
-                    (root / split / name).mkdir(parents=True)
-                for i, (text, label) in enumerate(reviews):
-                    rating = (1 + i // 2 % 4) + 6 * label  # 1 to 4, 7 to 10
-                    (root / split / ("neg", "pos")[label] / f"{i:06}_{rating}.txt").write_text(text, encoding="utf-8")
-            os.rename(root, folder)
-    except OSError as error:
-        raise UsageError(f"--write-synthetic must be writable, {folder}: {error.strerror}; choose another") from error
+    with new_folder(folder) as root:
+        for split, reviews in splits.items():
+            for name in ("neg", "pos"):
+                (root / split / name).mkdir(parents=True)
+            for i, (text, label) in enumerate(reviews):
+                rating = (1 + i // 2 % 4) + 6 * label  # 1 to 4, 7 to 10
+                (root / split / ("neg", "pos")[label] / f"{i:06}_{rating}.txt").write_text(text, encoding="utf-8")
 
 
 def _verdict(rng: random.Random, label: int) -> str:

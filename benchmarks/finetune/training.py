@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import metrics
 from .data import PAD, Encoded
 from .interrupts import Interrupts
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0
 
 
@@ -29,7 +30,7 @@ class Arm:
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    dev: dict[int, float] = field(default_factory=dict)  # accuracy after that many steps
+    dev: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics after that many steps
 
     @staticmethod
     def create(name: str, model: nn.Module, args: argparse.Namespace) -> Arm:
@@ -37,7 +38,10 @@ class Arm:
         return Arm(name, model, optimizer)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.model(ids, ids == PAD), labels)
+        outputs = self.model(ids, ids == PAD)
+        if labels.is_floating_point():
+            return nn.functional.mse_loss(outputs.squeeze(1), labels)
+        return nn.functional.cross_entropy(outputs, labels)
 
     def state(self) -> dict[str, Any]:
         measured = {"losses": self.losses, "seconds": self.seconds, "dev": self.dev}
@@ -54,28 +58,35 @@ def train(
     train_set: Encoded,
     dev_set: Encoded,
     args: argparse.Namespace,
+    names: tuple[str, ...],
     interrupts: Interrupts,
     save: Callable[[], None],
 ) -> None:
     """Train up to the last step, from wherever the arms are. Random numbers depend on seed and step alone."""
     epoch = train_set.steps_per_epoch(args.batch_size)
-    total = args.max_steps or args.epochs * epoch
+    total = steps(train_set, args)
     first = len(arms[0].losses)
-    with interrupts.deferred(), progress(total, "training", first) as bar:
+    with interrupts.deferred(), progress(total, "training", first) as bar, live_log(args, first) as log:
         for step in range(first, total + 1):
-            if step == total or (step and step % epoch == 0):
-                evaluate_dev(arms, dev_set, args, step, interrupts, save)
+            if step == total or (step and step % (args.eval_steps or epoch) == 0):
+                evaluate_dev(arms, dev_set, args, names, step, interrupts, save)
+                log("dev", {f"{arm.name}/{key}": x for arm in arms for key, x in arm.dev[step].items()}, step)
             if step == total:
                 break
             batch = train_set.training_batch(step, args.batch_size, args.seed)
             for arm in arms:
-                schedule(arm.optimizer, step, total, args.learning_rate)
+                schedule(arm.optimizer, step, total, args.learning_rate, args.warmup_steps)
                 train_step(arm, *batch, step, args)
+            log("loss", {arm.name: arm.losses[-1] for arm in arms}, step + 1)
             if interrupts.pending or (step + 1) % args.checkpoint_every == 0:
                 save()
             interrupts.check()
             bar.set_postfix({arm.name: f"{arm.losses[-1]:.3f}" for arm in arms}, refresh=False)
             bar.update()
+
+
+def steps(train_set: Encoded, args: argparse.Namespace) -> int:
+    return args.max_steps or args.epochs * train_set.steps_per_epoch(args.batch_size)
 
 
 def train_step(arm: Arm, ids: Tensor, labels: Tensor, step: int, args: argparse.Namespace) -> None:
@@ -95,9 +106,9 @@ def train_step(arm: Arm, ids: Tensor, labels: Tensor, step: int, args: argparse.
     arm.losses.append(loss.item())
 
 
-def schedule(optimizer: torch.optim.Optimizer, step: int, total: int, peak: float) -> None:
+def schedule(optimizer: torch.optim.Optimizer, step: int, total: int, peak: float, warm_up: float) -> None:
     """Linear rise, linear fall; a function of the step, so there is no scheduler to save."""
-    warm_up = max(1, round(WARM_UP * total))
+    warm_up = max(1, round(warm_up * total if warm_up < 1 else warm_up))
     for group in optimizer.param_groups:
         group["lr"] = peak * min((step + 1) / warm_up, (total - step) / max(1, total - warm_up))
 
@@ -106,6 +117,7 @@ def evaluate_dev(
     arms: list[Arm],
     data: Encoded,
     args: argparse.Namespace,
+    names: tuple[str, ...],
     step: int,
     interrupts: Interrupts,
     save: Callable[[], None],
@@ -116,24 +128,47 @@ def evaluate_dev(
         save()
         with interrupts.deferred(False):
             for arm in missing:
-                arm.dev[step] = accuracy(arm, data, args, f"dev, {arm.name}")
+                arm.dev[step] = evaluate(arm, data, args, names, f"dev, {arm.name}")
         save()
 
 
+def evaluate(arm: Arm, data: Encoded, args: argparse.Namespace, names: tuple[str, ...], title: str) -> dict[str, float]:
+    return metrics.score(names, outputs(arm, data, args, title), data.labels)
+
+
 @torch.no_grad()
-def accuracy(arm: Arm, data: Encoded, args: argparse.Namespace, title: str) -> float:
-    """Share of right answers."""
+def outputs(arm: Arm, data: Encoded, args: argparse.Namespace, title: str) -> Tensor:
+    """(examples, labels), in the order of the examples."""
     arm.model.eval()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # torch's fused layer, for softmax only: (n, n) weights, slow at 1024
-    right = 0
+    torch.manual_seed(args.seed)  # the Reformer draws its hashes
+    # torch's fused layer, for softmax only: (n, n) weights, slow at 1024
+    torch.backends.mha.set_fastpath_enabled(False)
+    found: list[Tensor] = []
+    batches = data.evaluation_batches(args.eval_batch_size)
     with progress(len(data), title) as bar:
-        for indices in data.evaluation_batches(args.eval_batch_size):
-            ids, labels = (x.to(args.device) for x in data.batch(indices))
-            right += int((arm.model(ids, ids == PAD).argmax(1) == labels).sum())
+        for indices in batches:
+            ids = data.batch(indices)[0].to(args.device)
+            found.append(arm.model(ids, ids == PAD).float().cpu())
             bar.update(len(indices))
-    return right / len(data)
+    order = torch.tensor([index for indices in batches for index in indices])
+    return torch.cat(found)[order.argsort()]
+
+
+@contextlib.contextmanager
+def live_log(args: argparse.Namespace, first: int) -> Iterator[Callable[[str, dict[str, float], int], None]]:
+    """log(title, values, step), for TensorBoard or for nobody."""
+    if args.report_to == "none":
+        yield lambda title, values, step: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(args.output_dir / "tensorboard", purge_step=first) as writer:
+
+        def log(title: str, values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"{title}/{name}", value, step)
+
+        yield log
 
 
 def progress(total: int, title: str, initial: int = 0) -> tqdm[None]:

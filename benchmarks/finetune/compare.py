@@ -1,0 +1,172 @@
+"""``python -m benchmarks.finetune.compare results/*.json``: one table and figure from the results of several runs.
+
+Runs that differ in the seed only are one row, with the mean and the range over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+from .arguments import Parser
+from .checkpoint import write_atomically
+from .report import COLOURS, NAMES
+
+# What makes a run another experiment for every arm, and for the Nyström arm in addition.
+SETTING = ("task", "model", "max_length", "max_train", "max_test", "epochs", "max_steps", "batch_size", "learning_rate")
+NYSTROM = ("num_landmarks", "window", "pinned", "conv_kernel_size", "include")
+SYMBOLS = {"num_landmarks": "m", "window": "w", "pinned": "p", "conv_kernel_size": "taps", "include": "in"}
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass
+class Row:
+    """One arm of one experiment; lists have one entry per seed."""
+
+    setting: dict[str, Any]
+    arm: str
+    options: str
+    source: str
+    metric: str
+    sizes: dict[str, int]
+    steps: int
+    seeds: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory: list[int | None] = field(default_factory=list)
+    curves: list[list[tuple[float, float]]] = field(default_factory=list)  # (seconds of training, dev metric)
+
+    @property
+    def name(self) -> str:
+        return f"{NAMES[self.arm]} {self.options}".strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.finetune.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="results.json of runs, or folders below which they are")
+    parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="writes OUTPUT.md and OUTPUT.png")
+    try:
+        args = parser.parse_args(argv)
+        rows = read(args.files)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        text = table(rows)
+        print(text, end="")
+        write_atomically(args.output.with_suffix(".md"), lambda file: file.write(text.encode()))
+        figure = draw(rows)
+        write_atomically(args.output.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=130))
+    except UsageError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    files = [file for path in paths for file in (sorted(path.glob("**/results.json")) if path.is_dir() else [path])]
+    rows: dict[str, Row] = {}
+    for file in files:
+        try:
+            results = json.loads(file.read_text())
+            _add(rows, results)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{file} must be a results.json of benchmarks.finetune: {error!r}; leave it out"
+            ) from error
+    if not rows:
+        raise UsageError("there must be a results.json, none was found; name the --output-dir of finished runs")
+    return list(rows.values())
+
+
+def _add(rows: dict[str, Row], results: dict[str, Any]) -> None:
+    config = {"task": results["task"], **results["config"]}
+    setting = {name: config.get(name) for name in SETTING}
+    for arm, found in results["arms"].items():
+        options = _options(config) if arm == "nystrom" else ""
+        metric = next(iter(found["test"]))
+        row = rows.setdefault(
+            json.dumps([setting, arm, options]),
+            Row(setting, arm, options, results["source"], metric, results["sizes"], results["steps"]),
+        )
+        if config["seed"] in row.seeds:
+            continue  # several runs may hold the same baseline
+        elapsed = [0.0]
+        for seconds in found["seconds"]:
+            elapsed.append(elapsed[-1] + seconds)
+        row.seeds.append(config["seed"])
+        row.scores.append(found["test"][metric])
+        row.seconds.append(found["median_seconds_per_step"])
+        row.memory.append(found["peak_memory_bytes"])
+        row.curves.append([(elapsed[int(step)], values[metric]) for step, values in found["dev"].items()])
+
+
+def _options(config: dict[str, Any]) -> str:
+    found = {SYMBOLS[name]: config.get(name) for name in NYSTROM}
+    return " ".join(f"{name}={' '.join(x) if isinstance(x, list) else x}" for name, x in found.items() if x)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown; the difference is to softmax in the same setting, over the seeds that both have."""
+    columns = "data,model,tokens,train / test,steps,attention,metric,score %,− softmax,s / step,memory".split(",")
+    lines = ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|"]
+    for row in rows:
+        exact = next((x for x in rows if x.setting == row.setting and x.arm == "softmax" and x is not row), None)
+        memory = [x / 2**20 for x in row.memory if x]
+        cells = [
+            row.setting["task"], row.setting["model"] or "scratch", f"{row.setting['max_length']:,}",
+            f"{row.sizes['train']:,} / {row.sizes['test']:,}", f"{row.steps:,}", row.name, row.metric,
+            _mean([100 * score for score in row.scores]), _difference(row, exact),
+            f"{statistics.mean(row.seconds):.3f}", f"{statistics.mean(memory):.0f} MiB" if memory else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ({min(values):.1f} to {max(values):.1f}, {len(values)} seeds)" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _difference(row: Row, exact: Row | None) -> str:
+    shared = sorted({*row.seeds} & {*exact.seeds}) if exact else []
+    if exact is None or not shared:
+        return ""
+    pairs = [(row.scores[row.seeds.index(seed)], exact.scores[exact.seeds.index(seed)]) for seed in shared]
+    return f"{100 * statistics.mean(a - b for a, b in pairs):+.1f}"
+
+
+def draw(rows: list[Row]) -> Any:
+    """Per setting: the metric on dev against the seconds of training, one line per seed."""
+    from matplotlib.figure import Figure
+
+    settings = list({json.dumps(row.setting): row.setting for row in rows}.values())
+    columns = min(3, len(settings))
+    count = -(-len(settings) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * count), layout="constrained")
+    axes = figure.subplots(count, columns, squeeze=False).flatten()
+    for ax in axes[len(settings) :]:
+        ax.remove()
+    for ax, setting in zip(axes, settings, strict=False):
+        shown = [row for row in rows if row.setting == setting]
+        styles: dict[str, int] = {}
+        for row in shown:
+            style = DASHES[styles.setdefault(row.arm, 0) % len(DASHES)]
+            styles[row.arm] += 1
+            for i, curve in enumerate(row.curves):
+                ax.plot(
+                    *zip(*curve, strict=True), style, color=COLOURS[row.arm], marker=".", alpha=0.8,
+                    label=row.name if i == 0 else None,
+                )  # fmt: skip
+        ax.set_title(f"{setting['task']}, {setting['model'] or 'scratch'}, {setting['max_length']} tokens", fontsize=10)
+        ax.set(xlabel="seconds of training steps", ylabel=f"dev {shown[0].metric}")
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
