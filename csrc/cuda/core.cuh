@@ -64,7 +64,8 @@ struct Core {
   template <class Bias, class Done>
   __device__ void softmax(const View<A>& a, Bias bias, Done done) const {
     const A scale = A(f.scale);
-    product(m, m, int(f.head_dim), qt(), transposed(kt()), [&](int i, int j, A x) { a.at(i, j) = scale * x + bias(j); });
+    product(m, m, int(f.head_dim), qt(), transposed(kt()),
+            [&](int i, int j, A x) { a.at(i, j) = scale * x + bias(j); });
     __syncthreads();
     warp_rows(m, [&](int i, int lane) {
       A top = A(-__builtin_huge_valf()), sum = 0;
@@ -210,7 +211,8 @@ __device__ void merge_keys(const Forward& f, const Head& s, const KeyPartials<A>
       const A x = partials.max[base + c * rows];
       top = x > top ? x : top;
     }
-    for (int64_t c = begin; c < used; ++c) sum += partials.sum[base + c * rows] * exp2(partials.max[base + c * rows] - top);
+    for (int64_t c = begin; c < used; ++c)
+      sum += partials.sum[base + c * rows] * exp2(partials.max[base + c * rows] - top);
     for (int64_t j = lane; j < width; j += 32) {
       A u = 0;
       for (int64_t c = begin; c < used; ++c) {

@@ -111,8 +111,8 @@ struct KeySweep {
     }
   }
 
-  // What reaches keys and values through the key landmarks: dKt_j / |segment j|, or all of dKt and dW where a key is its
-  // own landmark.
+  // What reaches keys and values through the key landmarks: dKt_j / |segment j|, or all of dKt and dW where a key is
+  // its own landmark.
   __device__ void add_landmarks(const Head& s, int first, typename E::Output& dk, typename E::Output& dv) const {
     const int rows = int(g.columns()), d = int(g.head_width()), e = int(g.value_width());
     const A *dkt = slice<A>(g.dkt, s.n, rows, d), *dw = slice<A>(g.dw, s.n, rows, e);

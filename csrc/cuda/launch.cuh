@@ -12,10 +12,10 @@ template <class E, bool kWindow>
 class Launcher {
   template <class Plain, class Windowed>
   using Choose = std::conditional_t<kWindow, WithWindow<Windowed>, Plain>;
-  using P = typename E::KeyTiles;                                            // key pass
-  using Q = Choose<E, typename E::Small>;                                    // queries
-  using N = Choose<typename E::Narrow, typename E::Narrow>;                  // landmarks, two outputs
-  using K = Choose<typename E::Narrowest, typename E::SmallestForTwo>;       // keys, two outputs
+  using P = typename E::KeyTiles;                                       // key pass
+  using Q = Choose<E, typename E::Small>;                               // queries
+  using N = Choose<typename E::Narrow, typename E::Narrow>;             // landmarks, two outputs
+  using K = Choose<typename E::Narrowest, typename E::SmallestForTwo>;  // keys, two outputs
   static_assert(K::kOut == N::kOut, "one launch, one number of output tiles");
   using T = typename E::T;
   using A = typename E::Acc;
@@ -24,12 +24,9 @@ class Launcher {
   static bool fits(const Problem& p, int shared_memory) {
     const int wide = 2 * ColumnTiles<Q>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
     const int near = WindowMemory<Q, Q::kCols>::bytes(p);
-    const int needed[] = {KeyPass<P>::kShared,
-                          QueryPass<Q>::shared(p) + wide + near,
-                          QueryPassBackward<Q>::kShared + wide + near,
-                          landmark_sweep_shared(p),
-                          key_sweep_shared(p) + narrow,
-                          kByLandmarksShared<N>};
+    const int needed[] = {
+        KeyPass<P>::kShared,      QueryPass<Q>::shared(p) + wide + near, QueryPassBackward<Q>::kShared + wide + near,
+        landmark_sweep_shared(p), key_sweep_shared(p) + narrow,          kByLandmarksShared<N>};
     for (const int bytes : needed) {
       if (bytes > shared_memory) return false;
     }
@@ -146,9 +143,7 @@ class Launcher {
     const int own = QueryPassBackward<Q>::kShared + WindowMemory<Q, Q::kCols>::bytes(g);
     const int slots = column_slots<Q>(g.columns(), own);
     const int64_t partials = g.problems() * chunks(g.queries) * g.columns();
-    const QueryPassBackwardParameters p{g,
-                                        slots,
-                                        allocate<A>(partials * g.value_width()),
+    const QueryPassBackwardParameters p{g, slots, allocate<A>(partials * g.value_width()),
                                         allocate<A>(partials * g.head_width()),
                                         allocate<A>(g.extended() ? g.problems() * g.queries.length : 0)};
     run(device_, query_pass_backward_by_queries<Q>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
@@ -161,8 +156,12 @@ class Launcher {
   void core_backward(const QueryPassBackwardParameters& sums) const {
     const Backward& g = sums;
     const int count = CoreReverse<A>::kMatrices;
-    CoreBackwardParameters p{g, core_memory(g, int(g.iterations) + 1, count, device_.shared_memory), sums.dw_part,
-                             sums.dkt_part, sums.dmissed_rows, nullptr};
+    CoreBackwardParameters p{g,
+                             core_memory(g, int(g.iterations) + 1, count, device_.shared_memory),
+                             sums.dw_part,
+                             sums.dkt_part,
+                             sums.dmissed_rows,
+                             nullptr};
     coefficients(g, p.core);
     if (g.global_coefficient) p.dc = allocate<A>(g.problems());
     const int64_t shared = Core<A>::shared_bytes(g, p.core.fit);
@@ -178,8 +177,9 @@ class Launcher {
                                       allocate<A>(g.problems() * chunks(g.keys) * g.queries.landmarks * g.head_width()),
                                       allocate<A>(g.problems() * row_chunks(g.keys) * tiles * g.taps)};
     const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
-    run(device_, cuda::key_pass_backward<K, N>, key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries.landmarks),
-        tiles, E::kThreads, by_keys > by_landmarks ? by_keys : by_landmarks, p);
+    run(device_, cuda::key_pass_backward<K, N>,
+        key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries.landmarks), tiles, E::kThreads,
+        by_keys > by_landmarks ? by_keys : by_landmarks, p);
     Stages<T>::landmarks_backward(device_, LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
   }
 };

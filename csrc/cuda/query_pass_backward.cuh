@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
     queries.next(first);
     typename E::Scores p = E::scores(a, queries.tile(0, first), scratch);
     typename E::Scores ds = E::scores(b, queries.tile(1, first), scratch);
-    Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds, tiles + 2 * Sweep::kRowTile + Sweep::Queries::kBytes);
+    Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds,
+                         tiles + 2 * Sweep::kRowTile + Sweep::Queries::kBytes);
     E::template accumulate<2>(dw, p, queries.tile(1, first), out0, scratch);
     E::accumulate(dkt, ds, queries.tile(0, first), out0, scratch);
     Sweep::Queries::done();

@@ -7,8 +7,8 @@
 namespace nystrom_ext::cuda {
 
 enum class Regime {
-  empty,          // S' = 0: O = 0
-  exact_keys,     // S' <= m, or all pinned: every key is its own landmark, W = V; the query pass alone is exact attention
+  empty,       // S' = 0: O = 0
+  exact_keys,  // S' <= m, or all pinned: every key is its own landmark, W = V; the query pass alone is exact attention
   exact_queries,  // L' <= m < S': every query is its own landmark; the key pass alone is exact attention
   nystrom,
 };
