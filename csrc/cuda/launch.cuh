@@ -12,10 +12,10 @@ template <class E, bool kWindow>
 class Launcher {
   template <class Plain, class Windowed>
   using Choose = std::conditional_t<kWindow, WithWindow<Windowed>, Plain>;
-  using P = typename E::KeyTiles;                                       // key pass
-  using Q = Choose<E, typename E::Small>;                               // queries
-  using N = Choose<typename E::Narrow, typename E::Narrow>;             // landmarks, two outputs
-  using K = Choose<typename E::Narrowest, typename E::SmallestForTwo>;  // keys, two outputs
+  using P = typename E::KeyTiles;                                              // key pass
+  using Q = Choose<E, typename E::Small>;                                      // queries
+  using N = Choose<typename E::Narrow, typename E::NarrowBesideWindow>;        // landmarks, two outputs
+  using K = Choose<typename E::Narrowest, typename E::NarrowestBesideWindow>;  // keys, two outputs
   static_assert(K::kOut == N::kOut, "one launch, one number of output tiles");
   using T = typename E::T;
   using A = typename E::Acc;

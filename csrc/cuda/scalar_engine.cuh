@@ -17,7 +17,8 @@ struct ScalarEngine {
   using Small = ScalarEngine;
   using Narrow = ScalarEngine<T, sizeof(Acc) == 8 ? 16 : 64>;  // for sweeps that need the registers for two outputs
   using Narrowest = Narrow;
-  using SmallestForTwo = Narrow;
+  using NarrowBesideWindow = Narrow;
+  using NarrowestBesideWindow = Narrow;
   static constexpr bool kWindow = false;
   static constexpr int kThreads = 256, kBlocks = 1, kRows = 64, kCols = 64, kOut = kOut_, kRowsPerThread = 4,
                        kStages = 1;

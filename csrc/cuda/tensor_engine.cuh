@@ -19,7 +19,12 @@ constexpr int kColumnsFor(int D) {
   return (D <= 64 ? 64 : 32) / (std::is_same_v<T, half> ? 2 : 1);
 }
 
-template <class T_, int D, int kCols_ = kColumnsFor<T_>(D), int kOut_ = D <= 128 ? D : 128>
+template <class T>
+constexpr int kOutFor(int D) {
+  return D <= 128 ? D : std::is_same_v<T, half> ? 64 : 128;
+}
+
+template <class T_, int D, int kCols_ = kColumnsFor<T_>(D), int kOut_ = kOutFor<T_>(D)>
 struct TensorEngine {
   using T = T_;
   using Acc = float;
@@ -29,7 +34,10 @@ struct TensorEngine {
   static constexpr int kSharedOut = D <= 64 ? D : D == 128 ? 64 : 32;
   using Narrow = TensorEngine<T, D, 32, kSharedOut>;
   using Narrowest = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, kSharedOut>;
-  using SmallestForTwo = TensorEngine<T, D, 16, kSharedOut>;
+  // Beside a window, half tokens leave room for less.
+  static constexpr int kWindowOut = D >= 64 && std::is_same_v<T, half> ? 32 : kSharedOut;
+  using NarrowBesideWindow = TensorEngine<T, D, std::is_same_v<T, half> ? 16 : 32, kWindowOut>;
+  using NarrowestBesideWindow = TensorEngine<T, D, 16, kWindowOut>;
   static constexpr bool kWindow = false;
   static constexpr int kThreads = 128, kBlocks = 2, kRows = 64, kCols = kCols_;
   static constexpr int kOut = kOut_;  // columns of one output tile; wider outputs take several blocks
@@ -48,8 +56,7 @@ struct TensorEngine {
   static __device__ int warp_row() { return int(threadIdx.x >> 5) * 16; }
 
   template <int N>
-  struct Accumulator {  // kRows x N; element e of x[n] is row e / 2, column e % 2 of this thread in columns 8n .. 8n +
-                        // 7
+  struct Accumulator {  // kRows x N; x[n][e]: row e / 2 and column e % 2 of this thread in columns 8n .. 8n + 7
     static constexpr int kColumns = N / 4;  // per thread
     float x[N / 8][4] = {};
     __device__ float& at(int i, int j) { return x[j / 2][2 * i + (j & 1)]; }
