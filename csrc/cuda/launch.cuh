@@ -186,14 +186,17 @@ class Launcher {
 
 template <class E>
 struct Launchers {
+  using Plain = Launcher<E, false>;
+  using Windowed = Launcher<E, E::kTakesWindow>;
   static bool fits(const Problem& p, int shared_memory) {
-    return p.extended() ? Launcher<E, true>::fits(p, shared_memory) : Launcher<E, false>::fits(p, shared_memory);
+    if (!p.extended()) return Plain::fits(p, shared_memory);
+    return E::kTakesWindow && Windowed::fits(p, shared_memory);
   }
   static void forward(Forward f, const Device& device) {
-    f.extended() ? Launcher<E, true>::forward(f, device) : Launcher<E, false>::forward(f, device);
+    f.extended() ? Windowed::forward(f, device) : Plain::forward(f, device);
   }
   static void backward(Backward g, const Device& device) {
-    g.extended() ? Launcher<E, true>::backward(g, device) : Launcher<E, false>::backward(g, device);
+    g.extended() ? Windowed::backward(g, device) : Plain::backward(g, device);
   }
 };
 

@@ -19,7 +19,7 @@ struct ScalarEngine {
   using Narrowest = Narrow;
   using NarrowBesideWindow = Narrow;
   using NarrowestBesideWindow = Narrow;
-  static constexpr bool kWindow = false;
+  static constexpr bool kWindow = false, kTakesWindow = true;
   static constexpr int kThreads = 256, kBlocks = 1, kRows = 64, kCols = 64, kOut = kOut_, kRowsPerThread = 4,
                        kStages = 1;
   static constexpr int kTokenTile = 0, kLandmarkTile = 0;   // nothing stays in shared memory

@@ -30,12 +30,13 @@ struct TensorEngine {
   using Acc = float;
   // The key pass, and the sweeps that need registers for two outputs.
   using KeyTiles = TensorEngine<T, D, D <= 64 ? 64 : 32, D <= 128 ? D : 64>;
-  using Small = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, D <= 64 ? D : 64>;  // beside a window
   static constexpr int kSharedOut = D <= 64 ? D : D == 128 ? 64 : 32;
   using Narrow = TensorEngine<T, D, 32, kSharedOut>;
   using Narrowest = TensorEngine<T, D, D <= 64 ? kColumnsFor<T>(D) / 2 : 16, kSharedOut>;
-  // Beside a window, half tokens leave room for less.
-  static constexpr int kWindowOut = D >= 64 && std::is_same_v<T, half> ? 32 : kSharedOut;
+  // Beside a window there is room for less, and for half tokens of more than 128 features for none.
+  static constexpr bool kTakesWindow = D <= 128 || !std::is_same_v<T, half>;
+  using Small = Narrowest;
+  static constexpr int kWindowOut = D >= (std::is_same_v<T, half> ? 64 : 128) ? 32 : kSharedOut;
   using NarrowBesideWindow = TensorEngine<T, D, std::is_same_v<T, half> ? 16 : 32, kWindowOut>;
   using NarrowestBesideWindow = TensorEngine<T, D, 16, kWindowOut>;
   static constexpr bool kWindow = false;
