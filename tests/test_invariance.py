@@ -163,13 +163,14 @@ def test_borders_of_the_regimes_in_self_attention(valid: int, options: dict[str,
 
 @pytest.mark.parametrize("valid_queries", [0, 1, 7, 8, 9, 100])
 @pytest.mark.parametrize("valid_keys", [0, 1, 7, 8, 9, 100])
-def test_borders_of_the_regimes(valid_keys: int, valid_queries: int) -> None:
+def test_borders_of_the_regimes(valid_keys: int, valid_queries: int, device: str) -> None:
     """S' and L' at 0, 1, m - 1, m, m + 1: a padded sample gets what its valid tokens alone would get, and exact softmax
     attention wherever min(L', S') <= m."""
     m, n, d = 8, 120, 8
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, n, d, dtype=torch.float64)
-    key_mask, query_mask = (torch.arange(n)[None] >= valid for valid in (valid_keys, valid_queries))
+    query, key, value = torch.randn(3, 1, 2, n, d, dtype=torch.float64, device=device)
+    tokens = torch.arange(n, device=device)[None]
+    key_mask, query_mask = tokens >= valid_keys, tokens >= valid_queries
     out = nystrom_attention(query, key, value, key_mask, query_padding_mask=query_mask, num_landmarks=m)
     q, k, v = query[:, :, :valid_queries], key[:, :, :valid_keys], value[:, :, :valid_keys]
     assert torch.equal(out[:, :, :valid_queries], nystrom_attention(q, k, v, num_landmarks=m))

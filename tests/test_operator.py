@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,32 +152,26 @@ def test_16_bit_is_never_worse_than_the_eager_composition(
         assert (a.double() - t).abs().max() <= (b.double() - t).abs().max().nan_to_num(torch.inf)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 3),
-    L=st.integers(1, 140),
-    S=st.integers(1, 140),
-    self_attention=st.booleans(),
-    d=st.integers(1, 40),
-    e=st.integers(1, 40),
-    m=st.integers(1, 70),
-    taps=st.integers(0, 9),
-    mask=st.sampled_from(["none", "tail", "holes", "all"]),
-    coefficient=st.sampled_from(["per_head", "global"]),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
-    window=st.sampled_from([0, 0, 1, 2, 5, 20, 150]),
-    pinned=st.sampled_from([0, 0, 1, 2, 9, 60]),
-)
-def test_random_problems(
-    B, kv_heads, group, L, S, self_attention, d, e, m, taps, mask, coefficient, dropout_p, window, pinned
-) -> None:
-    options = {"coefficient": coefficient, "dropout_p": dropout_p}
-    S = L if self_attention else S
+@st.composite
+def random_problems(draw: st.DrawFn, longest: int, widest: int, most_landmarks: int, most_taps: int) -> Problem:
+    def upto(most: int, least: int = 1) -> int:
+        return draw(st.integers(least, most))
+
+    def one_of(*choices: Any) -> Any:
+        return draw(st.sampled_from(choices))
+
+    B, kv_heads, group, L, d, e, m = (upto(most) for most in (3, 3, 3, longest, widest, widest, most_landmarks))
+    options = {"coefficient": one_of("per_head", "global"), "dropout_p": one_of(0.0, 0.0, 0.4)}
+    S, taps = L if draw(st.booleans()) else upto(longest), upto(most_taps, 0)
+    mask = one_of("none", "tail", "holes", "all")
     if L == S:
-        options |= {"window": window, "pinned": pinned}
-    p = Problem(B, kv_heads * group, L, S, d, e, m, taps if L == S else 0, mask, kv_heads, options)
+        options |= {"window": one_of(0, 0, 1, 2, 5, 20, 150), "pinned": one_of(0, 0, 1, 2, 9, 60)}
+    return Problem(B, kv_heads * group, L, S, d, e, m, taps if L == S else 0, mask, kv_heads, options)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_problems(longest=140, widest=40, most_landmarks=70, most_taps=9))
+def test_random_problems(p: Problem) -> None:
     check(p, torch.float64)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Problem, padding_mask, run
+from problems import DTYPES, Problem, padding_mask, run
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ OPS = torch.ops.nystrom_ext
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "p",
     [
@@ -30,20 +30,20 @@ OPS = torch.ops.nystrom_ext
     ],
     ids=["self", "cross, global", "few queries", "grouped", "window"],
 )
-def test_opcheck_public(p: Problem, dtype: torch.dtype, grad: bool) -> None:
-    x = [t.detach().requires_grad_(grad) for t in p.tensors(dtype)]
-    keys, queries = p.masks()
+def test_opcheck_public(p: Problem, dtype: torch.dtype, grad: bool, device: str) -> None:
+    x = [t.detach().to(device).requires_grad_(grad) for t in p.tensors(dtype)]
+    keys, queries = (None if mask is None else mask.to(device) for mask in p.masks())
     options = {"num_landmarks": p.m, "enable_gqa": p.kv_heads is not None, **p.options}
     kwargs = {"query_padding_mask": queries, "conv_weight": x[3] if p.taps else None, **options}
     opcheck(OPS.attention.default, (*x[:3], keys), kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("taps", [0, 3])
 @pytest.mark.parametrize("L, m, window, pinned", [(40, 8, 0, 0), (40, 64, 0, 0), (40, 8, 3, 2), (40, 64, 3, 2)])
-def test_opcheck_internal(L: int, m: int, window: int, pinned: int, taps: int, dtype: torch.dtype) -> None:
-    x = [t.detach() for t in Problem(L=L, e=12, taps=taps).tensors(dtype)]
-    mask, rng = padding_mask("holes", 2, L), torch.tensor([1, 2])
+def test_opcheck_internal(L: int, m: int, window: int, pinned: int, taps: int, dtype: torch.dtype, device: str) -> None:
+    x = [t.detach().to(device) for t in Problem(L=L, e=12, taps=taps).tensors(dtype)]
+    mask, rng = padding_mask("holes", 2, L).to(device), torch.tensor([1, 2], device=device)
     options = (m, 6, 0.3, 0.2, False, window, pinned)
     inputs = (*x[:3], mask, mask, x[3] if taps else None, rng)
     opcheck(OPS._attention_forward.default, (*inputs, *options))

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         reason = f"torch {torch.__version__} finds no GPU"

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from problems import DTYPES, REGIMES, Problem, check, run
-from test_invariance import CASES, call, pad
-from test_operator import PROBLEMS, TILES, layouts
+from test_invariance import CASES, call, pad, test_borders_of_the_regimes  # noqa: F401  (collected here too)
+from test_operator import PROBLEMS, TILES, layouts, random_problems
 from torch import Tensor
 
 from nystrom_ext import nystrom_attention, reference
@@ -66,25 +65,8 @@ def test_sizes(name: str, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 3),
-    L=st.integers(1, 300),
-    S=st.integers(1, 300),
-    self_attention=st.booleans(),
-    d=st.integers(1, 130),
-    e=st.integers(1, 130),
-    m=st.integers(1, 140),
-    taps=st.integers(0, 40),
-    mask=st.sampled_from(["none", "tail", "holes", "all"]),
-    coefficient=st.sampled_from(["per_head", "global"]),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
-)
-def test_random_problems(B, kv_heads, group, L, S, self_attention, d, e, m, taps, mask, coefficient, dropout_p) -> None:
-    options = {"coefficient": coefficient, "dropout_p": dropout_p}
-    S = L if self_attention else S
-    p = Problem(B, kv_heads * group, L, S, d, e, m, taps if L == S else 0, mask, kv_heads, options)
+@given(random_problems(longest=300, widest=130, most_landmarks=140, most_taps=40))
+def test_random_problems(p: Problem) -> None:
     check(p, torch.float64, device=DEVICE)
 
 
@@ -178,24 +160,6 @@ def test_batch_mates_and_their_order(name: str, dtype: torch.dtype) -> None:
         place = order.index(0)
         for a, e in zip(actual[:4], expected[:4], strict=True):
             assert torch.equal(a[place], e[0])
-
-
-@pytest.mark.parametrize("valid_queries", [0, 1, 7, 8, 9, 100])
-@pytest.mark.parametrize("valid_keys", [0, 1, 7, 8, 9, 100])
-def test_borders_of_the_regimes(valid_keys: int, valid_queries: int) -> None:
-    """S' and L' at 0, 1, m - 1, m, m + 1: a padded sample gets what its valid tokens alone would get."""
-    m, n, d = 8, 120, 8
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, n, d, dtype=torch.float64, device=DEVICE)
-    tokens = torch.arange(n, device=DEVICE)[None]
-    key_mask, query_mask = tokens >= valid_keys, tokens >= valid_queries
-    out = nystrom_attention(query, key, value, key_mask, query_padding_mask=query_mask, num_landmarks=m)
-    q, k, v = query[:, :, :valid_queries], key[:, :, :valid_keys], value[:, :, :valid_keys]
-    assert torch.equal(out[:, :, :valid_queries], nystrom_attention(q, k, v, num_landmarks=m))
-    assert not out[:, :, valid_queries:].any()
-    if min(valid_keys, valid_queries) <= m and valid_keys > 0:
-        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        torch.testing.assert_close(out[:, :, :valid_queries], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

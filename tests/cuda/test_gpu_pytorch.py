@@ -9,21 +9,20 @@ from contextlib import contextmanager
 import pytest
 import torch
 from problems import DTYPES, Problem, padding_mask, run
-from test_registration import Layer
+from test_registration import Layer, test_opcheck_internal, test_opcheck_public  # noqa: F401  (collected here too)
 from torch import Tensor, nn
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from nystrom_ext import NystromMultiheadAttention, nystrom_attention
 
 DEVICE = "cuda"
-OPS = torch.ops.nystrom_ext
 REPETITIONS = 1000
 STEPS = {
     "plain": Problem(B=2, H=4, L=1500, m=64, d=64),
     "masked, convolution": Problem(B=3, H=2, L=1500, m=64, d=64, taps=33, mask="holes"),
     "grouped, global": Problem(B=2, H=4, L=700, m=32, d=32, kv_heads=2, options={"coefficient": "global"}),
     "exact, dropout": Problem(B=2, H=3, L=50, m=64, mask="tail", options={"dropout_p": 0.3}),
+    "window, pinned": Problem(B=2, H=2, L=900, m=32, d=64, mask="holes", options={"window": 16, "pinned": 1}),
     "m = 128": Problem(B=1, H=2, L=900, m=128, d=64, mask="holes"),
 }
 
@@ -168,39 +167,6 @@ def test_memory_is_linear_in_the_length(dtype: torch.dtype) -> None:
         both()
         peaks.append(torch.cuda.max_memory_allocated() - before - 4 * x[0].nbytes)
     assert peaks[1] <= 2 * peaks[0] + 2**20 and peaks[1] < 2 * 32_768 * 64 * 4
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "p",
-    [
-        Problem(L=40, e=12, taps=3, mask="holes"),
-        Problem(L=40, S=70, mask="tail", options={"coefficient": "global"}),
-        Problem(L=6, S=40),
-        Problem(H=4, kv_heads=2, L=40),
-    ],
-    ids=["self", "cross, global", "few queries", "grouped"],
-)
-def test_opcheck_public(p: Problem, dtype: torch.dtype, grad: bool) -> None:
-    x = [t.detach().to(DEVICE).requires_grad_(grad) for t in p.tensors(dtype)]
-    keys, queries = (None if mask is None else mask.to(DEVICE) for mask in p.masks())
-    options = {"num_landmarks": p.m, "enable_gqa": p.kv_heads is not None, **p.options}
-    kwargs = {"query_padding_mask": queries, "conv_weight": x[3] if p.taps else None, **options}
-    opcheck(OPS.attention.default, (*x[:3], keys), kwargs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("taps", [0, 3])
-@pytest.mark.parametrize("L, m", [(40, 8), (40, 64)])
-def test_opcheck_internal(L: int, m: int, taps: int, dtype: torch.dtype) -> None:
-    x = [t.detach().to(DEVICE) for t in Problem(L=L, e=12, taps=taps).tensors(dtype)]
-    mask, rng = padding_mask("holes", 2, L).to(DEVICE), torch.tensor([1, 2], device=DEVICE)
-    options = (m, 6, 0.3, 0.2, False)
-    inputs = (*x[:3], mask, mask, x[3] if taps else None, rng)
-    opcheck(OPS._attention_forward.default, (*inputs, *options))
-    out, *saved = OPS._attention_forward(*inputs, *options)
-    opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
