@@ -231,7 +231,7 @@ __global__ void finish_core(const __grid_constant__ KeyPassParameters f) {
   const Head s(f, blockIdx.x);
   const Core<A> core(f, f.core, s.n);
   const int width = int(f.value_width());
-  if (s.regime == Regime::nystrom || s.regime == Regime::exact_queries) merge_keys<A>(f, s, key_partials<A>(f));
+  if (s.has_key_pass()) merge_keys<A>(f, s, key_partials<A>(f));
   if (s.regime == Regime::nystrom) {
     __syncthreads();
     product(core.m, width, core.m, core.z(0), core.u(), [&](int i, int j, A x) { core.w().at(i, j) = x; });

@@ -173,7 +173,7 @@ __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) 
   using A = AccOf<T>;
   const Head s(g, blockIdx.x);
   const int64_t n_chunks = chunks(g.queries), used = divide_up(s.queries.count, kChunk);
-  if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) {
+  if (s.has_query_pass()) {
     const int64_t rows = g.columns();
     merge_chunks(static_cast<A*>(g.dw), g.dw_part, s.n, n_chunks, used, rows, g.value_width(), s.columns());
     merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, s.n, n_chunks, used, rows, g.head_width(), s.columns());
@@ -184,7 +184,7 @@ __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) 
   if (s.regime == Regime::nystrom) dc = CoreReverse<A>(g, g.core, s.n).run();
   if (s.regime == Regime::exact_queries) copy_gradient<T>(g, s);
   if (g.dc && threadIdx.x == 0) static_cast<A*>(g.dc)[s.n] = dc;
-  if (s.regime != Regime::nystrom && s.regime != Regime::exact_queries) return;
+  if (!s.has_key_pass()) return;
 
   __syncthreads();
   const int e = int(g.value_width());

@@ -62,8 +62,7 @@ struct KeyPass {
                     max(chunk * kChunk, s.pinned),  // pinned keys are no part of P3
                     min(chunk * kChunk + kChunk, s.keys.count),
                     dynamic_shared_memory() + E::scratch(false) + kRowTile};
-    const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_keys;
-    if (idle || row0 >= s.queries.rows || keys.begin >= keys.end) return;
+    if (!s.has_key_pass() || row0 >= s.queries.rows || keys.begin >= keys.end) return;
 
     char *scratch = dynamic_shared_memory(), *tile = scratch + E::scratch(false);
     const A* qt = slice<A>(f.qt, s.n, rows, f.head_width());

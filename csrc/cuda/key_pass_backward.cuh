@@ -2,6 +2,7 @@
 // which are final, and dconv; blocks by landmarks give dQt = s dS3 K over one chunk of keys.
 #pragma once
 
+#include "columns.cuh"
 #include "convolution.cuh"
 #include "key_pass.cuh"
 #include "window.cuh"
@@ -42,27 +43,14 @@ struct KeySweep {
       columns.load(c);
       typename E::Scores p = E::scores(keys.tile(0, first), columns.first(c), scratch);
       typename E::Scores ds = E::scores(keys.tile(1, first), columns.second(c), scratch);
-      const bool drops = KeyPass<E>::drops(dropout, s);
-      uint32_t kept = 0;
-      if (drops) {
-        kept = dropout.kept<E>([&](int i, int j, int& row, int& column) {
+      const ColumnStatistics<A> statistics{lse, delta, c * E::kCols, s.queries.rows, A(kLog2e)};
+      const auto kept = [&] {
+        return dropout.kept<E>([&](int i, int j, int& row, int& column) {
           return KeyPass<E>::entry(s, c * E::kCols + E::column(j), first + E::row(i), row, column);
         });
-        dropout.apply<E>(kept, ds);
-      }
-#pragma unroll
-      for (int j = 0; j < E::Scores::kColumns; ++j) {
-        const int landmark = c * E::kCols + E::column(j);
-        const bool valid = landmark < s.queries.rows;
-        const A top = valid ? lse[landmark] * A(kLog2e) : A(kInfinity), mean = valid ? delta[landmark] : A(0);
-#pragma unroll
-        for (int i = 0; i < E::kRowsPerThread; ++i) {
-          const bool free = !E::kWindow || first + E::row(i) >= s.pinned;  // pinned keys are no part of P3
-          p.at(i, j) = free ? E::exp2(p.at(i, j) * scale - top) : A(0);
-          ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
-        }
-      }
-      if (drops) dropout.apply<E>(kept, p);
+      };
+      const auto live = [&](int i, int) { return !E::kWindow || first + E::row(i) >= s.pinned; };  // others: not in P3
+      differentiate_columns<E>(p, ds, statistics, scale, dropout, KeyPass<E>::drops(dropout, s), kept, live);
       E::template accumulate<2>(dv, p, columns.second(c), out0, scratch);
       E::accumulate(dk, ds, columns.first(c), out0, scratch);
     }
@@ -76,35 +64,24 @@ struct KeySweep {
     const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
     const A scale = A(g.scale * kLog2e);
     const auto queries =
-        around<E, E::kCols>(query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim), s,
-                            first, min(keys.end - first, E::kRows), memory);
+        around<E>(query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim), s, first,
+                  min(keys.end - first, E::kRows), memory);
     queries.start();
 #pragma unroll 1
     for (int tile = queries.begin; tile < queries.end; tile += E::kCols) {
       queries.next(tile);
       typename E::Scores p = E::scores(keys.tile(0, first), queries.tile(0, tile), scratch);
       typename E::Scores ds = E::scores(keys.tile(1, first), queries.tile(1, tile), scratch);
-      uint32_t kept = 0;
-      if (dropout.on()) {
-        kept = kept_in_window<E>(dropout, s, [&](int r, int c, int& i, int& j) {
+      const auto kept = [&] {
+        return kept_in_window<E>(dropout, s, [&](int r, int c, int& i, int& j) {
           i = tile + E::column(c);
           j = first + E::row(r);
           return i < queries.end && j < keys.end;
         });
-        dropout.apply<E>(kept, ds);
-      }
-#pragma unroll
-      for (int j = 0; j < E::Scores::kColumns; ++j) {
-        const int query = tile + E::column(j);
-        const bool valid = query < queries.end;
-        const A top = valid ? lse[query] : A(kInfinity), mean = valid ? delta[query] : A(0);
-#pragma unroll
-        for (int i = 0; i < E::kRowsPerThread; ++i) {
-          p.at(i, j) = in_window(s, query, first + E::row(i)) ? E::exp2(p.at(i, j) * scale - top) : A(0);
-          ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
-        }
-      }
-      if (dropout.on()) dropout.apply<E>(kept, p);
+      };
+      const auto live = [&](int i, int j) { return in_window(s, tile + E::column(j), first + E::row(i)); };
+      const ColumnStatistics<A> statistics{lse, delta, tile, queries.end, A(1)};
+      differentiate_columns<E>(p, ds, statistics, scale, dropout, dropout.on(), kept, live);
       E::template accumulate<2>(dv, p, queries.tile(1, tile), out0, scratch);
       E::accumulate(dk, ds, queries.tile(0, tile), out0, scratch);
       queries.done();
@@ -166,7 +143,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
     typename E::Output dk, dv;
     for (int h = 0; h < group; ++h) {
       const Head s(g, shared.n + h);
-      if (s.regime != Regime::nystrom && s.regime != Regime::exact_queries) continue;
+      if (!s.has_key_pass()) continue;
       ColumnTiles<E> columns{{slice<A>(g.qt, s.n, rows, d), int(d), s.queries.rows},
                              {slice<A>(g.du, s.n, rows, e), int(e), s.queries.rows},
                              tiles,
@@ -179,7 +156,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
     for_each(dk, E::kRowsPerThread, [&](int, int, A& x) { x *= A(g.scale); });
     for (int h = 0; h < group; ++h) {
       const Head s(g, shared.n + h);
-      if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) sweep.add_landmarks(s, first, dk, dv);
+      if (s.has_query_pass()) sweep.add_landmarks(s, first, dk, dv);
     }
     E::store(dk, key_rows<T>(g.dkey, shared, g.head_dim), first, count, sweep.out0);
     for (int h = 0; h < group && g.taps; ++h) {
@@ -219,8 +196,7 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
                                  max(chunk * kChunk, s.pinned),
                                  min(chunk * kChunk + kChunk, s.keys.count),
                                  tiles + 2 * Pass::kRowTile};
-  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_keys;
-  if (idle || row0 >= s.queries.rows || keys.begin >= keys.end) return;
+  if (!s.has_key_pass() || row0 >= s.queries.rows || keys.begin >= keys.end) return;
 
   const A *qt = slice<A>(g.qt, s.n, rows, d), *du = slice<A>(g.du, s.n, rows, e);
   E::template load<E::kRows>(tiles, qt, int(d), row0, s.queries.rows);

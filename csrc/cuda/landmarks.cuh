@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (block >= all) return merge_taps<A>(g, block - all);
   const Head s(g, block / segments);
   const int j = block % segments;
-  if (j >= s.queries.rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) return;
+  if (j >= s.queries.rows || !s.has_key_pass()) return;
 
   A* share = reinterpret_cast<A*>(dynamic_shared_memory());  // (width)
   const int n_chunks = int(chunks(g.keys)), used = int(divide_up(s.keys.count, kChunk));

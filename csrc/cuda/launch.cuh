@@ -23,7 +23,7 @@ class Launcher {
  public:
   static bool fits(const Problem& p, int shared_memory) {
     const int wide = 2 * ColumnTiles<Q>::kTile, narrow = 2 * ColumnTiles<K>::kTile;
-    const int near = WindowMemory<Q, Q::kCols>::bytes(p);
+    const int near = WindowMemory<Q>::bytes(p);
     const int needed[] = {
         KeyPass<P>::kShared,      QueryPass<Q>::shared(p) + wide + near, QueryPassBackward<Q>::kShared + wide + near,
         landmark_sweep_shared(p), key_sweep_shared(p) + narrow,          kByLandmarksShared<N>};
@@ -60,10 +60,10 @@ class Launcher {
   }
 
   static int landmark_sweep_shared(const Problem& p) {
-    return LandmarkSweep<N>::kShared + (p.extended() ? WindowMemory<N, N::kCols>::kBias : 0);
+    return LandmarkSweep<N>::kShared + (p.extended() ? WindowMemory<N>::kBias : 0);
   }
   static int key_sweep_shared(const Problem& p) {
-    const int near = p.window > 0 ? WindowMemory<K, K::kCols>::Stream::kBytes : 0;
+    const int near = p.window > 0 ? WindowMemory<K>::Stream::kBytes : 0;
     return KeySweep<K>::shared(p) + int(round_up(KeySweep<K>::tap_bytes(p), 16)) + near;
   }
 
@@ -133,14 +133,14 @@ class Launcher {
   }
 
   void query_pass(const Forward& f) const {
-    const int own = QueryPass<Q>::shared(f) + WindowMemory<Q, Q::kCols>::bytes(f);
+    const int own = QueryPass<Q>::shared(f) + WindowMemory<Q>::bytes(f);
     const int slots = column_slots<Q>(f.columns(), own);
     run(device_, cuda::query_pass<Q>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
         own + column_bytes<Q>(slots), QueryPassParameters{f, slots});
   }
 
   void query_pass_backward(const Backward& g) const {
-    const int own = QueryPassBackward<Q>::kShared + WindowMemory<Q, Q::kCols>::bytes(g);
+    const int own = QueryPassBackward<Q>::kShared + WindowMemory<Q>::bytes(g);
     const int slots = column_slots<Q>(g.columns(), own);
     const int64_t partials = g.problems() * chunks(g.queries) * g.columns();
     const QueryPassBackwardParameters p{g, slots, allocate<A>(partials * g.value_width()),

@@ -58,7 +58,7 @@ struct QueryPass {
     for (int j = 0; j < columns.tiles(); ++j) {
       columns.load(j);
       typename E::Scores p = logits(f, queries.tile(0, first), columns, j, scratch);
-      if (E::kWindow && s.extended) window.add_landmark_bias(p, first, queries.end, j * E::kCols);
+      if (E::kWindow && s.extended) window.add_bias(p, first, queries.end, j * E::kCols);
       softmax.add(p);
       softmax.rescale(o);
       drop(dropout, s, first, queries.end, j, p);
@@ -74,18 +74,13 @@ struct QueryPass {
   static __device__ void attend_window(const Head& s, const Queries& queries, const Window<E>& window,
                                        const Dropout& dropout, Softmax<E>& softmax, int first, int out0, char* scratch,
                                        typename E::Output& o) {
-    const typename Window<E>::Stream keys = window.keys(first, queries.end);
-    keys.start();
-#pragma unroll 1
-    for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
-      keys.next(tile);
+    window.for_each_tile(first, queries.end, [&](const typename Window<E>::Stream& keys, int tile) {
       typename E::Scores p = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
       softmax.add(p);
       softmax.rescale(o);
       if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), p);
       E::template accumulate<2>(o, p, keys.tile(1, tile), out0, scratch);
-      keys.done();
-    }
+    });
   }
 
   // Every query is its own landmark: O_i = U_i.
@@ -113,21 +108,19 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks) query_pass(const __gr
   if (begin >= end) return;
 
   char* scratch = dynamic_shared_memory();
-  const bool softmax = s.regime == Regime::nystrom || s.regime == Regime::exact_keys;
   const typename Pass::Queries queries{
       {query_rows<const T>(f.query, s, f.head_dim)}, begin, end, scratch + E::scratch(f.taps > 0)};
   ColumnTiles<E> columns{{slice<A>(f.kt, s.n, f.columns(), f.head_width()), int(f.head_width()), s.columns()},
                          {slice<A>(f.w, s.n, f.columns(), f.value_width()), int(f.value_width()), s.columns()},
                          scratch + Pass::shared(f),
                          f.column_slots};
+  const Window<E> window{f, s, columns.end()};
 
-  const Window<E> window{f, s, columns.memory + 2 * f.column_slots * ColumnTiles<E>::kTile};
-
-  if (softmax) queries.start();
+  if (s.has_query_pass()) queries.start();
   for (int first = begin; first < end; first += E::kRows) {
     const int count = min(end - first, E::kRows);
     typename E::Output o;
-    if (softmax) o = Pass::attend(f, s, queries, columns, window, first, out0, scratch);
+    if (s.has_query_pass()) o = Pass::attend(f, s, queries, columns, window, first, out0, scratch);
     if (s.regime == Regime::exact_queries) o = Pass::copy(f, s, first, out0);
     if (f.taps) convolve(E{}, o, value_convolution<T>(f, s), s.queries, first, count, out0, scratch);
     E::store(o, query_rows<T>(f.out, s, f.value_dim), first, count, out0);

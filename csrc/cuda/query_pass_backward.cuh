@@ -4,6 +4,7 @@
 // By landmarks, with those: dW = (D * P1)^T dO and dKt = s dS1^T Q over one chunk of queries. D: dropout.
 #pragma once
 
+#include "columns.cuh"
 #include "query_pass.cuh"
 
 namespace nystrom_ext::cuda {
@@ -34,7 +35,7 @@ struct QueryPassBackward {
                           typename E::Scores& dp) const {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
-    if (E::kWindow && s.extended) window.add_landmark_bias(logits, first, queries.end, j * E::kCols);
+    if (E::kWindow && s.extended) window.add_bias(logits, first, queries.end, j * E::kCols);
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
   }
@@ -42,7 +43,6 @@ struct QueryPassBackward {
   // The same for one tile of the window's keys.
   __device__ void compute_window(const typename Window<E>::Stream& keys, int first, int tile,
                                  typename E::Scores& logits, typename E::Scores& dp) const {
-    keys.next(tile);
     logits = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
     dp = E::scores(queries.tile(1, first), keys.tile(1, tile), scratch);
     if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), dp);
@@ -71,14 +71,10 @@ struct QueryPassBackward {
       add_statistics(softmax, logits, dp, delta);
     }
     if (E::kWindow && s.window > 0) {
-      const typename Window<E>::Stream keys = window.keys(first, queries.end);
-      keys.start();
-#pragma unroll 1
-      for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
+      window.for_each_tile(first, queries.end, [&](const typename Window<E>::Stream& keys, int tile) {
         compute_window(keys, first, tile, logits, dp);
         add_statistics(softmax, logits, dp, delta);
-        keys.done();
-      }
+      });
     }
 #pragma unroll
     for (int i = 0; i < E::kRowsPerThread; ++i) {
@@ -132,15 +128,11 @@ struct QueryPassBackward {
     }
     if (E::kWindow && s.extended) store_missed(first, missed);
     if (E::kWindow && s.window > 0) {
-      const typename Window<E>::Stream keys = window.keys(first, queries.end);
-      keys.start();
-#pragma unroll 1
-      for (int tile = keys.begin; tile < keys.end; tile += E::kCols) {
+      window.for_each_tile(first, queries.end, [&](const typename Window<E>::Stream& keys, int tile) {
         compute_window(keys, first, tile, logits, dp);
         differentiate(logits, dp, lse, delta, excess);
         E::accumulate(dq, dp, keys.tile(0, tile), out0, scratch);
-        keys.done();
-      }
+      });
     }
     center(dq, columns.a, first, out0, excess);
     Queries::done();
@@ -179,7 +171,6 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   if (begin >= end) return;
 
   char* scratch = dynamic_shared_memory();
-  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
   const typename Pass::Queries queries{
       {query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim)},
       begin,
@@ -189,13 +180,13 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
                          {slice<A>(g.w, s.n, g.columns(), g.value_width()), int(g.value_width()), s.columns()},
                          scratch + Pass::kShared,
                          g.column_slots};
-  const Window<E> window{g, s, columns.memory + 2 * g.column_slots * ColumnTiles<E>::kTile};
+  const Window<E> window{g, s, columns.end()};
   const Pass pass{g, s, queries, window, Dropout{g, s.n}, scratch};
 
-  if (!idle) queries.start();
+  if (s.has_query_pass()) queries.start();
   for (int first = begin; first < end; first += E::kRows) {
     typename E::Output dq;
-    if (!idle) dq = pass.dquery(columns, first, out0);
+    if (s.has_query_pass()) dq = pass.dquery(columns, first, out0);
     E::store(dq, query_rows<T>(g.dquery, s, g.head_dim), first, min(end - first, E::kRows), out0);
   }
 }
@@ -216,37 +207,23 @@ struct LandmarkSweep {
     const A scale = A(g.scale * kLog2e);
     for_each(p, E::kRowsPerThread, [&](int, int, A& x) { x *= scale; });
     if (E::kWindow && s.extended) {
-      const A* missed = slice<A>(g.missed, s.n, g.queries.landmarks);
-      add_bias<E>(p, bias, [&](int row, int column) {
-        const int query = first + column, j = row0 + row;
-        return query < end && j < s.columns() ? landmark_bias<A>(s, missed, query, j) : A(0);
+      add_landmark_bias<E>(g, s, p, bias, end, [&](int row, int column, int& query, int& j) {
+        query = first + column;
+        j = row0 + row;
       });
     }
     const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
     const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
-    uint32_t kept = 0;
-    if (dropout.on()) {
-      kept = dropout.kept<E>([&](int i, int j, int& row, int& column) {
+    const auto kept = [&] {
+      return dropout.kept<E>([&](int i, int j, int& row, int& column) {
         if (first + E::column(j) >= end) return false;
         row = s.queries.position(first + E::column(j));
         column = row0 + E::row(i);
         return true;
       });
-      dropout.apply<E>(kept, ds);
-    }
-#pragma unroll
-    for (int j = 0; j < E::Scores::kColumns; ++j) {
-      const int query = first + E::column(j);
-      const bool valid = query < end;
-      const A top = valid ? lse[query] : A(kInfinity), mean = valid ? delta[query] : A(0);
-#pragma unroll
-      for (int i = 0; i < E::kRowsPerThread; ++i) {
-        const A x = E::exp2(p.at(i, j) - top);
-        p.at(i, j) = x;
-        ds.at(i, j) = x * (ds.at(i, j) - mean);
-      }
-    }
-    if (dropout.on()) dropout.apply<E>(kept, p);
+    };
+    const ColumnStatistics<A> statistics{lse, delta, first, end, A(1)};
+    differentiate_columns<E>(p, ds, statistics, A(1), dropout, dropout.on(), kept, [](int, int) { return true; });
   }
 };
 
@@ -268,8 +245,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
       chunk * kChunk,
       min(chunk * kChunk + kChunk, s.queries.count),
       tiles + 2 * Sweep::kRowTile};
-  const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
-  if (idle || row0 >= s.columns() || queries.begin >= queries.end) return;
+  if (!s.has_query_pass() || row0 >= s.columns() || queries.begin >= queries.end) return;
 
   const A *kt = slice<A>(g.kt, s.n, rows, d), *w = slice<A>(g.w, s.n, rows, e);
   E::template load<E::kRows>(tiles, kt, int(d), row0, s.columns());

@@ -67,6 +67,10 @@ struct Head {
     pinned = int(p.pinned);
   }
 
+  // Which of the two attentions around the core the regime has.
+  __device__ bool has_key_pass() const { return regime == Regime::nystrom || regime == Regime::exact_queries; }
+  __device__ bool has_query_pass() const { return regime == Regime::nystrom || regime == Regime::exact_keys; }
+
   // Rows of Kt and W in use: the pinned tokens follow the landmarks.
   __device__ int columns() const { return keys.rows + pinned; }
 

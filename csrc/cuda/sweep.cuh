@@ -65,6 +65,7 @@ struct ColumnTiles {
   int slots;
   int loaded = 0;  // tiles 0 .. loaded - 1 are in their slots
 
+  __device__ char* end() const { return memory + 2 * slots * kTile; }
   __device__ int tiles() const { return (a.rows + E::kCols - 1) / E::kCols; }
   __device__ char* slot(int j, int operand) const { return memory + (j % slots * 2 + operand) * kTile; }
 

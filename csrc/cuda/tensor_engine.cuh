@@ -5,8 +5,8 @@
 // probabilities, by column tiles into another. The other engine is scalar_engine.cuh.
 //
 // Every product is of bf16 terms with fp32 sums. What bf16 cannot hold is a pair hi + lo of them: the m-sized operands
-// (landmarks, U, W and their gradients, kept in fp32), half tokens (exactly), and probabilities where tokens are half.
-// The term lo * lo is dropped.
+// (landmarks, U, W and their gradients, kept in fp32), half tokens (exactly), probabilities, and their gradients where
+// tokens are half. The term lo * lo is dropped.
 #pragma once
 
 #include "sample.cuh"

@@ -14,9 +14,9 @@ struct WithWindow : Engine {
 };
 
 // Shared memory of the two, after everything else of a block.
-template <class E, int N>
+template <class E>
 struct WindowMemory {
-  using Stream = TokenStream<E, N, 2>;
+  using Stream = TokenStream<E, E::kCols, 2>;
   static constexpr int kBias = E::kRows * E::kCols * int(sizeof(typename E::Acc));
   static __host__ __device__ int bytes(const Problem& p) {
     return (p.extended() ? kBias : 0) + (p.window > 0 ? Stream::kBytes : 0);
@@ -33,16 +33,20 @@ __device__ A landmark_bias(const Head& s, const A* missed, int query, int j) {
   return A(kLog2e) * (log(A(end - begin - inside)) + missed[s.queries.segment(query)]);
 }
 
-// Adds bias(row, column) of every element to x, by way of this thread's own places in shared memory: a loop that is not
-// unrolled keeps the arithmetic of ranks out of the registers of the sweeps without a window.
-template <class E, class Bias>
-__device__ void add_bias(typename E::Scores& x, char* memory, Bias bias) {
+// Adds the bias of every element of x, by way of this thread's own places in shared memory: a loop that is not unrolled
+// keeps the arithmetic of ranks out of the registers. pair(row, column, query, j) names the element.
+template <class E, class Pair>
+__device__ void add_landmark_bias(const Forward& f, const Head& s, typename E::Scores& x, char* memory, int end,
+                                  Pair pair) {
   using A = typename E::Acc;
   constexpr int kColumns = E::Scores::kColumns;
+  const A* missed = slice<A>(f.missed, s.n, f.queries.landmarks);
   A* own = reinterpret_cast<A*>(memory) + threadIdx.x;
 #pragma unroll 1
   for (int i = 0; i < E::kRowsPerThread * kColumns; ++i) {
-    own[i * E::kThreads] = bias(E::row(i / kColumns), E::column(i % kColumns));
+    int query = 0, j = 0;
+    pair(E::row(i / kColumns), E::column(i % kColumns), query, j);
+    own[i * E::kThreads] = query < end && j < s.columns() ? landmark_bias<A>(s, missed, query, j) : A(0);
   }
   for_each(x, E::kRowsPerThread, [&](int i, int j, A& v) { v += own[(i * kColumns + j) * E::kThreads]; });
 }
@@ -65,9 +69,9 @@ __device__ uint32_t kept_in_window(const Dropout& dropout, const Head& s, Pair p
 }
 
 // Tokens that the windows of ranks first .. first + count - 1 reach, as a stream of tiles.
-template <class E, int N>
-__device__ TokenStream<E, N, 2> around(const Rows<const typename E::T>& a, const Rows<const typename E::T>& b,
-                                       const Head& s, int first, int count, char* memory) {
+template <class E>
+__device__ TokenStream<E, E::kCols, 2> around(const Rows<const typename E::T>& a, const Rows<const typename E::T>& b,
+                                              const Head& s, int first, int count, char* memory) {
   return {{a, b}, max(first - s.window, 0), min(first + count + s.window, s.keys.count), memory};
 }
 
@@ -76,15 +80,15 @@ template <class E>
 struct Window {
   using T = typename E::T;
   using A = typename E::Acc;
-  using Stream = TokenStream<E, E::kCols, 2>;
+  using Stream = typename WindowMemory<E>::Stream;
 
   const Forward& f;
   const Head& s;
   char* memory;  // the bias, then the stream
 
   __device__ Stream keys(int first, int end) const {
-    return around<E, E::kCols>(key_rows<const T>(f.key, s, f.head_dim), key_rows<const T>(f.value, s, f.value_dim), s,
-                               first, min(end - first, E::kRows), memory + WindowMemory<E, E::kCols>::kBias);
+    return around<E>(key_rows<const T>(f.key, s, f.head_dim), key_rows<const T>(f.value, s, f.value_dim), s, first,
+                     min(end - first, E::kRows), memory + WindowMemory<E>::kBias);
   }
 
   template <class Row>
@@ -107,11 +111,23 @@ struct Window {
     });
   }
 
-  __device__ void add_landmark_bias(typename E::Scores& x, int first, int end, int column0) const {
-    const A* missed = slice<A>(f.missed, s.n, f.queries.landmarks);
-    add_bias<E>(x, memory, [&](int row, int column) {
-      const int query = first + row, j = column0 + column;
-      return query < end && j < s.columns() ? landmark_bias<A>(s, missed, query, j) : A(0);
+  // run(keys, tile) for the tiles of keys that the windows of the row tile at `first` reach.
+  template <class Run>
+  __device__ void for_each_tile(int first, int end, Run run) const {
+    const Stream stream = keys(first, end);
+    stream.start();
+#pragma unroll 1
+    for (int tile = stream.begin; tile < stream.end; tile += E::kCols) {
+      stream.next(tile);
+      run(stream, tile);
+      stream.done();
+    }
+  }
+
+  __device__ void add_bias(typename E::Scores& x, int first, int end, int column0) const {
+    add_landmark_bias<E>(f, s, x, memory, end, [&](int row, int column, int& query, int& j) {
+      query = first + row;
+      j = column0 + column;
     });
   }
 };
