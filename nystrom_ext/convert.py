@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import glob
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import nn
 
+from ._choice import OptionsFor, Pattern, build, check_used, matches, own_options
 from .modules import HOOK_KEY, NystromMultiheadAttention, Options
-
-Pattern = str | type[nn.Module]
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
 _LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
@@ -37,7 +35,10 @@ _AFTER_TARGETS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`convert_` did: names of converted modules, skipped name -> reason, options that reproduce it."""
+    """What :func:`convert_` did: names of converted modules, skipped name -> reason, options that reproduce it.
+
+    Options of single layers are in ``options["options_for"]``, where there are any.
+    """
 
     converted: list[str]
     skipped: dict[str, str]
@@ -48,12 +49,13 @@ class Report:
         return {"converted": list(self.converted), "skipped": dict(self.skipped), "options": dict(self.options)}
 
     def __str__(self) -> str:
-        rows = [(name, "converted") for name in self.converted]
+        own = self.options.get("options_for", {})
+        rows = [(name, _listed("converted", own.get(glob.escape(name), {}))) for name in self.converted]
         rows += [(name, f"skipped: {reason}") for name, reason in self.skipped.items()]
         rows = [(name or "(the model itself)", result) for name, result in rows]
         width = max((len(name) for name, _ in rows), default=0)
-        settings = ", ".join(f"{name}={self.options[name]!r}" for name in vars(Options()))
-        summary = f"{len(self.converted)} converted, {len(self.skipped)} skipped ({settings})"
+        counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped"
+        summary = _listed(counts, {name: self.options[name] for name in vars(Options())})
         return "\n".join([f"{name:<{width}}  {result}" for name, result in rows] + [summary])
 
 
@@ -64,6 +66,7 @@ def convert_(
     include: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    options_for: OptionsFor | None = None,
     strict: bool = True,
     **options: Any,
 ) -> Report:
@@ -81,21 +84,24 @@ def convert_(
         include, exclude: globs of qualified names (``*`` also matches dots), or classes, which stand for their
             instances and everything inside them; one or several. ``exclude`` wins.
         filter_fn: called with (module, qualified name); False leaves the module as it is.
-        strict: raise ValueError when nothing is converted.
+        options_for: options of single layers, on top of the others: ``{pattern: options}``, where the first pattern
+            that matches counts, or a function of (module, qualified name). None instead of options leaves a layer as
+            it is: ``{"*.0.*": None, "*.[12].*": {"window": 16}}``.
+        strict: raise ValueError when nothing is converted, or a pattern of ``options_for`` matches no attention.
         num_landmarks, options: keyword options of :class:`NystromMultiheadAttention`, except ``conv_kernel_size``. All
             are set, those not given to their defaults. They are checked before anything is changed.
     """
-    if "conv_kernel_size" in options:
-        raise ValueError(
-            f"convert_ keeps the state_dict keys, but conv_kernel_size={options['conv_kernel_size']} adds a parameter; "
-            f"construct NystromMultiheadAttention(..., conv_kernel_size=...) instead"
-        )
-    settings = Options(num_landmarks=num_landmarks, **options)
+    general = build({"num_landmarks": num_landmarks, **options})
     modules = dict(model.named_modules())
     integrations = _integrations(modules.values())
     found = _find(modules, integrations)
     skipped = _skipped(modules, found, include, exclude, filter_fn)
-    converted = [name for name in found if name not in skipped]
+    own = {name: own_options(modules, name, options_for) for name in found if name not in skipped}
+    skipped |= {name: "options_for gives None" for name, layer in own.items() if layer is None}
+    settings = {name: build({**vars(general), **layer}) for name, layer in own.items() if layer is not None}
+    converted = list(settings)
+    if strict and isinstance(options_for, Mapping):
+        check_used(modules, found, options_for)
     if strict and not converted:
         listing = "".join(f"\n  {name or '(the model itself)'}: {reason}" for name, reason in skipped.items())
         stock = sum(isinstance(modules[name], nn.MultiheadAttention) for name in found)
@@ -105,16 +111,18 @@ def convert_(
             f"Change include, exclude or filter_fn, or pass strict=False"
         )
     for integration in integrations:
-        integration.convert(modules, converted, settings)
+        integration.convert(modules, settings)
     swaps = _swaps(integrations)
     for name in converted:
-        _swap(modules[name], swaps, settings)
+        _swap(modules[name], swaps, settings[name])
     for encoder in modules.values():
         if isinstance(encoder, nn.TransformerEncoder) and any(map(_is_ours, encoder.modules())):
             vars(encoder).setdefault(_STOCK_SETTING, getattr(encoder, "use_nested_tensor", False))
             encoder.use_nested_tensor = False  # decided once, in its constructor; would hide padding in a NestedTensor
-    reproduce = {"include": [glob.escape(name) for name in converted], "strict": strict}
-    return Report(converted, skipped, {**vars(settings), **reproduce})
+    reproduce: dict[str, Any] = {"include": [glob.escape(name) for name in converted], "strict": strict}
+    if any(layer for layer in own.values()):
+        reproduce["options_for"] = {glob.escape(name): dict(layer) for name, layer in own.items() if layer}
+    return Report(converted, skipped, {**vars(general), **reproduce})
 
 
 def revert_(model: nn.Module) -> None:
@@ -193,9 +201,9 @@ def _skipped(
     after_targets = {m for layer in decoder_layers for m in layer.multihead_attn.modules()}
     skipped = {}
     for name, reason in found.items():
-        if include is not None and not _matches(modules, name, include):
+        if include is not None and not matches(modules, name, include):
             skipped[name] = "not in include"
-        elif exclude is not None and _matches(modules, name, exclude):
+        elif exclude is not None and matches(modules, name, exclude):
             skipped[name] = "in exclude"
         elif filter_fn is not None and not filter_fn(modules[name], name):
             skipped[name] = "filter_fn returned False"
@@ -206,13 +214,8 @@ def _skipped(
     return skipped
 
 
-def _matches(modules: dict[str, nn.Module], name: str, patterns: Pattern | Sequence[Pattern]) -> bool:
-    parts = name.split(".") if name else []
-    around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]  # the model ... the module itself
-    for pattern in (patterns,) if isinstance(patterns, (str, type)) else patterns:
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else any(isinstance(m, pattern) for m in around):
-            return True
-    return False
+def _listed(text: str, options: Mapping[str, Any]) -> str:
+    return f"{text} ({', '.join(f'{name}={value!r}' for name, value in options.items())})" if options else text
 
 
 def _written_class(module: nn.Module) -> type:

@@ -211,6 +211,9 @@ def test_strict():
         {"pinned": None},
         {"conv_kernel_size": 3},
         {"landmarks": 3},
+        {"options_for": {"block.*": {}, "encoders.*": {}}},
+        {"options_for": {"*": 32}},
+        {"options_for": lambda module, name: module},
     ],
 )
 def test_bad_options_change_nothing(bad):
@@ -221,6 +224,47 @@ def test_bad_options_change_nothing(bad):
     with pytest.raises((ValueError, TypeError)), nystrom(model, **bad):
         pass
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("bad", [{"num_landmarks": 0}, {"conv_kernel_size": 3}, {"landmarks": 3}])
+def test_bad_options_of_one_layer_change_nothing(bad):
+    model = zoo()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
+        convert_(model, options_for={"block.*": bad})
+    assert snapshot(model) == before
+
+
+PER_LAYER = {
+    "encoder.layers.0.*": None,
+    "encoder.*": {"num_landmarks": 3, "window": 2},
+    nn.TransformerEncoder: {"num_landmarks": 1},  # never reached: the first pattern that matches counts
+}
+
+
+@pytest.mark.parametrize(
+    "options_for",
+    [PER_LAYER, lambda module, name: {ALL[0]: None, ALL[1]: PER_LAYER["encoder.*"]}.get(name, {})],
+    ids=["patterns", "function"],
+)
+def test_options_of_single_layers(options_for):
+    model = zoo()
+    report = convert_(model, num_landmarks=5, pinned=1, options_for=options_for)
+    assert report.converted == ALL[1:] and report.skipped[ALL[0]] == "options_for gives None"
+    assert type(model.get_submodule(ALL[0])) is nn.MultiheadAttention
+    layer, block = (model.get_submodule(name) for name in ALL[1:])
+    assert (layer.num_landmarks, layer.window, layer.pinned) == (3, 2, 1)
+    assert (block.num_landmarks, block.window, block.pinned) == (5, 0, 1)
+
+    lines = str(report).splitlines()
+    assert any(line.endswith(" converted (num_landmarks=3, window=2)") for line in lines)
+    assert "num_landmarks=5" in lines[-1] and "window=0" in lines[-1]
+    data, again = json.loads(json.dumps(report.to_dict())), zoo()
+    assert convert_(again, **data["options"]).options == data["options"]
+    assert str(again) == str(model)
+    with nystrom(model, options_for=options_for):
+        assert model.get_submodule(ALL[1]).num_landmarks == 3
+    assert (layer.num_landmarks, layer.window, layer.pinned) == (3, 2, 1)
 
 
 def test_report():

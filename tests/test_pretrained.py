@@ -52,6 +52,9 @@ def test_options_per_layer():
     convert_(model, num_landmarks=64, include="*.0.*")
     options = [model.get_submodule(name).nystrom_options for name in BERT]
     assert options == [Options(num_landmarks=64), Options(num_landmarks=M, pinv_iterations=5)]
+    convert_(model, num_landmarks=M, options_for={"*.1.*": {"window": 2}})
+    options = [model.get_submodule(name).nystrom_options for name in BERT]
+    assert options == [Options(num_landmarks=M), Options(num_landmarks=M, window=2)]
     revert_(model)
     assert snapshot(model) == before
     assert torch.equal(hidden(model, inputs("bert", valid=25)), exact)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,21 +49,21 @@ class RepairedNystromformerSelfAttention(NystromformerSelfAttention):
         return (context, nystrom_attention_weights(query, key, ignored, **options)) if output_attentions else (context,)
 
 
-def announce(modules: Iterable[nn.Module], options: Options) -> None:
+def announce(options: Mapping[nn.Module, Options]) -> None:
     """Warn where converted modules will not compute what they were configured to compute. Changes nothing."""
-    stock = [m for m in modules if type(m) is NystromformerSelfAttention]
-    for landmarks, length in {(m.num_landmarks, m.seq_len) for m in stock}:
-        if landmarks == length:
+    stock = [(m, own.num_landmarks) for m, own in options.items() if type(m) is NystromformerSelfAttention]
+    for configured, length, landmarks in {(m.num_landmarks, m.seq_len, landmarks) for m, landmarks in stock}:
+        if configured == length:
             warnings.warn(
                 f"transformers computes exact attention in this Nystromformer, at every length, because its config has "
                 f"num_landmarks = segment_means_seq_len = {length}; converted, it approximates beyond num_landmarks="
-                f"{options.num_landmarks} tokens",
+                f"{landmarks} tokens",
                 stacklevel=4,
             )
-        elif landmarks != options.num_landmarks:
+        elif configured != landmarks:
             warnings.warn(
-                f"this Nystromformer was configured with num_landmarks={landmarks}; converted, it uses num_landmarks="
-                f"{options.num_landmarks}",
+                f"this Nystromformer was configured with num_landmarks={configured}; converted, it uses num_landmarks="
+                f"{landmarks}",
                 stacklevel=4,
             )
 

@@ -55,16 +55,15 @@ def find(modules: dict[str, nn.Module]) -> dict[str, str | None]:
     return found | {name: reason for name, reason in without.items() if name not in served}
 
 
-def convert(modules: dict[str, Any], names: Iterable[str], options: Options) -> None:
-    """Let those of the named modules that :func:`find` lists run Nyström attention; the others keep exact attention."""
-    names = list(names)
-    announce([modules[name] for name in names], options)  # first, because a warning may be turned into an error
+def convert(modules: dict[str, Any], options: dict[str, Options]) -> None:
+    """Let those of the modules named in ``options`` that :func:`find` lists run Nyström attention, and no others."""
+    announce({modules[name]: own for name, own in options.items()})  # first: a warning may be turned into an error
     owners = _owners(modules)
-    for name in filter(lambda name: _uses_interface(modules[name]), names):
+    for name in filter(lambda name: _uses_interface(modules[name]), options):
         owner = owners[name]
         for config in (modules[name].config, *([] if owner is None else [modules[owner].config])):
             _switch(config, modules.values())
-        modules[name].nystrom_options = options
+        modules[name].nystrom_options = options[name]
 
 
 def revert(modules: Iterable[nn.Module], scope: Iterable[nn.Module]) -> None:

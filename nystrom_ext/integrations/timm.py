@@ -67,7 +67,7 @@ def find(modules: dict[str, nn.Module]) -> dict[str, str | None]:
     return {name: f"{cls.__module__}.{cls.__qualname__} is not timm.layers.Attention" for name, cls in ours}
 
 
-def convert(modules: dict[str, nn.Module], names: Iterable[str], options: Options) -> None:
+def convert(modules: dict[str, nn.Module], options: dict[str, Options]) -> None:
     """Nothing besides the change of class."""
 
 
