@@ -3,15 +3,18 @@
 from ._library import build_info
 from ._version import __version__
 from .convert import Report, convert_, nystrom, revert_
+from .diagnosis import Diagnosis, diagnose
 from .functional import nystrom_attention, nystrom_attention_weights
 from .modules import NystromMultiheadAttention
 
 __all__ = [
+    "Diagnosis",
     "NystromMultiheadAttention",
     "Report",
     "__version__",
     "build_info",
     "convert_",
+    "diagnose",
     "nystrom",
     "nystrom_attention",
     "nystrom_attention_weights",
