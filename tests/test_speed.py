@@ -99,15 +99,15 @@ def test_missing_and_failing_contestants_are_named(
 def test_results_figure_and_readme(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], slow_parts_left_out: None
 ) -> None:
-    names = ["nystrom_ext", "eager", "exact SDPA"]
+    names = ["nystrom_ext", "with window", "eager", "exact SDPA"]
     results = run(tmp_path, "--contestants", *names, "--max-exact", "128", "--check", "--num-landmarks", "32")
     assert (next(tmp_path.glob("*.png"))).read_bytes().startswith(b"\x89PNG")
     timed = {(c["contestant"], c["pass"], c["case"]["n"]): c for c in results["cells"] if "median" in c}
-    assert len(timed) == 2 * 2 * 2 + 2  # exact attention at 128 alone
+    assert len(timed) == 3 * 2 * 2 + 2  # exact attention at 128 alone
     assert all(c["lower_quartile"] <= c["median"] <= c["upper_quartile"] for c in timed.values())
     assert 0 < results["errors"]["nystrom_ext"]["float32"] < 1e-4 and results["same_bits"] is True
     measured = [record for record in results["memory"] if "bytes" in record]
-    assert [r["contestant"] for r in measured] == ["nystrom_ext", "nystrom_ext", "eager"]
+    assert [r["contestant"] for r in measured] == ["nystrom_ext", "nystrom_ext", "with window", "eager"]
     assert all(r["bytes"] <= Case(**r["case"]).workspace() + bars.GRAIN for r in measured[:2])
     assert results["machine"]["threads"] == 1 and str(tmp_path) not in json.dumps(results)
     shown = capsys.readouterr().out
@@ -213,13 +213,15 @@ def _results(seconds: dict[tuple[str, int], float]) -> dict[str, Any]:
 
 def test_bars() -> None:
     seconds = {("nystrom_ext", 512): 1.0, ("two SDPA", 512): 2.1, ("eager", 512): 1.9, ("exact SDPA", 512): 2.0}
-    seconds |= {("nystrom_ext", 4096): 8.0, ("nystrom_ext", 65536): 8.0 * 18}
+    seconds |= {("nystrom_ext", 4096): 8.0, ("with window", 4096): 13.7, ("nystrom_ext", 65536): 8.0 * 18}
     found = {bar["bar"]: bar["passed"] for bar in bars.bars(_results(seconds))}
     assert found["eager / ours, forward, n = 512"] is False  # the best composition counts
     assert found["eager / ours, forward+backward, n = 512"] is True
     assert found["exact SDPA / ours, forward, n = 512"] is True
     assert found["exact SDPA / ours, forward, n = 4096"] is None
     assert found["n = 65536 / n = 4096, forward: linear in n"] is False
+    assert found["with window / plain, forward, n = 4096"] is False
+    assert found["with window / plain, forward+backward, n = 65536"] is None
     assert found["thread count and batch mates change no bit"] is True
 
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands(args: argparse.Namespace) -> dict[Path, list[str]]:
     """Folder of each run -> its command; the first seed of everything comes first."""
-    data = {"glue": _data(args.data, "glue"), "imdb": _data(args.data, "aclImdb")}
+    data = {"glue": data_set(args.data, "glue"), "imdb": data_set(args.data, "aclImdb")}
     plan: dict[Path, list[str]] = {}
     for seed in args.seeds:
         for name in args.experiments:
@@ -158,7 +158,7 @@ def _call(words: list[str], log: BinaryIO) -> int:
             signal.signal(number, handler)
 
 
-def _data(folder: Path, name: str) -> str:
+def data_set(folder: Path, name: str) -> str:
     found = [path for path in (folder / name, folder / f"{name}.tar.xz", folder / f"{name}.tar.gz") if path.exists()]
     if not found:
         raise UsageError(f"--data must hold {name} or {name}.tar.xz, {folder} does not; get the data set")

@@ -47,6 +47,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         *_compositions(cells),
         *_exact(cells),
+        *_window(cells),
         *_types(cells, results["machine"]["build"]["cpu_capability"]),
         *_peak(results, cells),
         bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
@@ -73,6 +74,13 @@ def _exact(cells: Cells) -> Iterator[dict[str, Any]]:
     for (pass_name, n), limit in EXACT.items():
         ratio = cells.ratio("length", pass_name, "exact SDPA", "nystrom_ext", n)
         yield bar(f"exact SDPA / ours, {pass_name}, n = {n}", ratio, limit)
+
+
+def _window(cells: Cells) -> Iterator[dict[str, Any]]:
+    for pass_name in ("forward", "forward+backward"):
+        for n in (n for n in cells.lengths() if n >= 2048):
+            ratio = cells.ratio("length", pass_name, "with window", "nystrom_ext", n)
+            yield bar(f"with window / plain, {pass_name}, n = {n}", ratio, 1.7, at_most=True)
 
 
 def _types(cells: Cells, capability: str) -> Iterator[dict[str, Any]]:

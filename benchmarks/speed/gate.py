@@ -77,8 +77,9 @@ def _reference(name: str, case: Case, coefficient: str, inputs: list[Tensor]) ->
     if kind == "padded":
         mask = (torch.arange(case.n) >= case.n // 2).expand(case.batch, -1)
     landmarks = case.n if kind == "exact" else case.m  # as many landmarks as tokens is exact attention
+    options = peers.WINDOW if kind == "windowed" else {}
     return reference.nystrom_attention(
-        *inputs, mask, query_padding_mask=mask, num_landmarks=landmarks, coefficient=coefficient
+        *inputs, mask, query_padding_mask=mask, num_landmarks=landmarks, coefficient=coefficient, **options
     )
 
 
