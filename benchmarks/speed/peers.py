@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .cases import Case
 
 
-# Options of the windowed contestant: those that the README recommends for models that were never trained with landmarks.
+# What the README recommends for models that were never trained with landmarks.
 WINDOW = {"window": 16, "pinned": 1}
 
 

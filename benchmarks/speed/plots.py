@@ -12,7 +12,8 @@ from .peers import KINDS
 from .report import OURS, about, rate
 
 COLOURS = {
-    "nystrom_ext": "#1f6fb4", "with window": "#7fb2de", "eager": "#d98c5f", "two SDPA": "#c0392b", "two SDPA compiled": "#e08283",
+    "nystrom_ext": "#1f6fb4", "with window": "#7fb2de",
+    "eager": "#d98c5f", "two SDPA": "#c0392b", "two SDPA compiled": "#e08283",
     "lucidrains": "#8e6bb0", "Hugging Face": "#c9a227", "exact SDPA": "#4d4d4d",
     "Linformer": "#5aa469", "Performer": "#3fa7a3", "Reformer": "#9bbf6b",
 }  # fmt: skip
