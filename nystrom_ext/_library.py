@@ -16,13 +16,27 @@ def _load() -> None:
             f"nystrom_ext: {library} is missing, so the package was not built; run "
             "`pip install --no-build-isolation .` in the repository, in an environment that has torch"
         )
+    advice = "rebuild it with `pip install --no-build-isolation --force-reinstall .` in the repository"
     try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
+        from . import _C
+
+        built = str(_C.build_info()["torch"])
+        if _minor(built) == _minor(torch.__version__):
+            torch.ops.load_library(str(library))
+    except (ImportError, OSError) as error:
         raise ImportError(
             f"nystrom_ext: {library} does not load into torch {torch.__version__}, probably because it was built for "
-            f"another one; rebuild it with `pip install --no-build-isolation --force-reinstall .` ({error})"
+            f"another one; {advice} ({error})"
         ) from error
+    if _minor(built) != _minor(torch.__version__):  # it might load all the same, and crash in the first call
+        raise ImportError(
+            f"nystrom_ext was built for torch {built}, this is torch {torch.__version__}, and torch's C++ interface "
+            f"changes with each minor version; {advice}"
+        )
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 _load()
