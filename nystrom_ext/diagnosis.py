@@ -54,9 +54,10 @@ class Diagnosis:
 
     @property
     def suggested(self) -> list[str]:
-        """As many layers, cheapest first, as keep the change of the output within ``tolerance``."""
+        """As many layers, cheapest first, as keep the change of the output within ``tolerance``: what ``include`` of
+        :func:`nystrom_ext.convert_` takes."""
         fitting = [k for k, change in enumerate(self.cumulative_change, 1) if change <= self.tolerance]
-        return self.order[: max(fitting, default=0)]
+        return [glob.escape(name) for name in self.order[: max(fitting, default=0)]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -89,8 +90,7 @@ class Diagnosis:
             return "nothing is approximated at these lengths: give a batch of longer samples, or lower num_landmarks"
         if not self.suggested:
             return f"no layer keeps the output within {self.tolerance}: raise num_landmarks or window, or fine-tune"
-        names = ", ".join(repr(glob.escape(name)) for name in self.suggested)
-        return f"within {self.tolerance} of the output without fine-tuning: include=[{names}]"
+        return f"within {self.tolerance} of the output without fine-tuning: include={self.suggested}"
 
     def plot(self, path: str | Path) -> None:
         """Write the table as a figure, PNG or any format of matplotlib's, chosen by the suffix."""

@@ -13,7 +13,8 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example(number: int) -> None:
+def test_example(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     if "import timm" in EXAMPLES[number]:
         import_timm()
     if "import transformers" in EXAMPLES[number] or "from transformers" in EXAMPLES[number]:
