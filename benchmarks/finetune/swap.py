@@ -1,7 +1,8 @@
 """``python -m benchmarks.finetune.swap --data DIR``: what a swap without any training does to sentence embeddings.
 
-all-MiniLM-L6-v2, never trained with Nyström attention, embeds IMDB reviews and MRPC sentences with softmax attention
-and with every combination of landmarks, window, pinned tokens and converted layers. Cases done already are kept.
+A model that was never trained with Nyström attention, all-MiniLM-L6-v2 unless another is named, embeds IMDB reviews and
+MRPC sentences with softmax attention and with every combination of landmarks, window, pinned tokens and converted
+layers. Cases done already are kept.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     "last 3": {"include": "encoder.layer.[345].*"},
 }
 COST_LENGTHS = (512, 4096)
-COST_SHAPE = (1, 12)  # batch and heads of MiniLM; 32 features
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.finetune.swap", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with glue.tar.xz or glue, and aclImdb.tar.xz or aclImdb")
+    add("--model", default="minilm", help="minilm, or the folder of a BERT with a tokenizer, 6 layers")
     add("--num-landmarks", nargs="+", type=int, default=[32, 64, 128])
     add("--window", nargs="+", type=int, default=[0, 8, 16, 32])
     add("--pinned", nargs="+", type=int, default=[0, 1, 4])
@@ -54,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, default=Path("runs/swap"), help="writes OUTPUT.json, OUTPUT.md and OUTPUT.png")
     try:
         args = parser.parse_args(argv)
-        low = min(args.reviews, args.pairs, args.repetitions, args.threads, *args.num_landmarks)
-        if low < 1 or min(*args.window, *args.pinned) < 0:
-            raise UsageError(f"counts must be positive, --window and --pinned at least 0, got {low}; change them")
+        counts = (args.reviews, args.pairs, args.repetitions, args.threads, *args.num_landmarks)
+        if min(counts) < 1 or min(args.window + args.pinned) < 0:
+            raise UsageError("counts must be positive, --window and --pinned at least 0; change what is not")
         torch.set_num_threads(args.threads)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         measure(args)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> None:
     document = args.output.with_suffix(".json")
-    setting = {name: getattr(args, name) for name in ("reviews", "pairs")}
+    setting = {name: getattr(args, name) for name in ("model", "reviews", "pairs")}
     found = _done(document, setting)
     texts = Texts.read(args)
     grid = list(itertools.product(args.num_landmarks, args.window, args.pinned))
@@ -82,7 +83,8 @@ def measure(args: argparse.Namespace) -> None:
                 continue
             found["cases"].append({**case, **texts.score(LAYERS[layers], options)})
             report.write_json(document, found)
-        found["cost"] = cost(grid, args.repetitions)
+        heads, width = texts.model.config.num_attention_heads, texts.model.config.hidden_size
+        found["cost"] = cost((1, heads, width // heads), grid, args.repetitions)
     found["threads"] = args.threads
     report.write_json(document, found)
     table = swap_report.table(found)
@@ -122,7 +124,7 @@ class Texts:
     def read(cls, args: argparse.Namespace) -> Texts:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = pretrained.folder("minilm")
+        folder = pretrained.folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         common = f"--model minilm --max-train {10 * args.reviews} --max-test {10 * args.reviews}"
         imdb = _load(f"--task imdb --data-dir '{data_set(args.data, 'aclImdb')}' {common}")
@@ -133,14 +135,15 @@ class Texts:
             chosen = [i for i, tokens in enumerate(ids) if len(tokens) >= least]
             return Encoded([ids[i] for i in chosen], torch.tensor([examples[i][1] for i in chosen]))
 
-        def longest(examples: list[Any], count: int) -> Encoded:
+        def long_enough(examples: list[Any], count: int) -> Encoded:
             found = encode(examples, LEAST_LENGTH)
             if len(found.ids) < count:
-                raise UsageError(f"--reviews must be at most {len(found.ids)} for this data, got {count}; lower it")
+                have = f"{len(found.ids)} reviews of {LEAST_LENGTH} tokens or more"
+                raise UsageError(f"--reviews {args.reviews} needs {count} of them, the data has {have}; lower it")
             return Encoded(found.ids[:count], found.labels[:count])
 
         sides = [(side, label) for pair, label in mrpc.dev for side in pair]
-        texts = [longest(imdb.train, 4 * args.reviews), longest(imdb.test, args.reviews), encode(sides, 0)]
+        texts = [long_enough(imdb.train, 4 * args.reviews), long_enough(imdb.test, args.reviews), encode(sides, 0)]
         return cls(AutoModel.from_pretrained(folder).eval(), *texts)
 
     def score(self, layers: dict[str, Any] | None, options: dict[str, int]) -> dict[str, float]:
@@ -178,11 +181,11 @@ def embed(model: Any, ids: list[list[int]]) -> Tensor:
     return out
 
 
-def cost(grid: list[tuple[int, int, int]], repetitions: int) -> list[dict[str, Any]]:
-    """Milliseconds of the attention alone, one layer of one text; all take turns. ``num_landmarks`` 0 is exact."""
-    cases = []
+def cost(shape: tuple[int, int, int], grid: list[tuple[int, int, int]], repetitions: int) -> list[dict[str, Any]]:
+    """Milliseconds of the attention alone, (batch, heads, features); all take turns. ``num_landmarks`` 0 is exact."""
+    (batch, heads, features), cases = shape, []
     for n in COST_LENGTHS:
-        x = torch.randn(3, *COST_SHAPE, n, 32)
+        x = torch.randn(3, batch, heads, n, features)
         calls: dict[tuple[int, int, int], Any] = {(0, 0, 0): lambda x=x: F.scaled_dot_product_attention(*x)}
         for m, w, p in grid:
             calls[m, w, p] = lambda x=x, m=m, w=w, p=p: nystrom_attention(*x, num_landmarks=m, window=w, pinned=p)

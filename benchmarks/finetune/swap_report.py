@@ -66,7 +66,8 @@ def draw(found: dict[str, Any]) -> Any:
         axes[0][column].set_title(f"converted: {layers}", fontsize=10)
         axes[1][column].set_xlabel(f"time of converted attention / exact, {n:,} tokens")
     axes[0][0].legend(frameon=False, fontsize=6, loc="lower right")
-    figure.suptitle("all-MiniLM-L6-v2 on IMDB reviews, no retraining; numbers are windows", fontsize=11)
+    name = {"minilm": "all-MiniLM-L6-v2"}.get(found["setting"]["model"], found["setting"]["model"])
+    figure.suptitle(f"{name} on IMDB reviews, no retraining; numbers are windows", fontsize=11)
     return figure
 
 
