@@ -13,6 +13,21 @@ import torch.distributed
 EMULATED = os.environ.get("NYSTROM_SIMT")
 
 
+FUZZ_CHUNK = 25  # configurations in a test, so that workers can share them
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=500, metavar="N", help="configurations that tests/fuzz draws")
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="SEED", help="other configurations (default 0)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "numbers" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--fuzz")
+        chunks = [range(first, min(first + FUZZ_CHUNK, count)) for first in range(0, count, FUZZ_CHUNK)]
+        metafunc.parametrize("numbers", chunks, ids=[f"{chunk.start}-{chunk.stop - 1}" for chunk in chunks])
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)

@@ -5,9 +5,12 @@ Everything here is compared bit by bit, in the output and in every gradient.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
-from problems import DTYPES, Problem, run
+from problems import DTYPES, Problem, new_memory_is_nan, run
 from torch import Tensor
 
 from nystrom_ext import nystrom_attention
@@ -143,6 +146,25 @@ def test_repetition(options: dict[str, int]) -> None:
     for _ in range(100):
         again = run(nystrom_attention, p, x, grad)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["none", "all", "holes"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_new_memory_holds(name: str, dtype: torch.dtype, mask: str, device: str) -> None:
+    """NaN in every output and buffer before the kernels write: they write all of what is read, padding too."""
+    p = replace(CASES[name], B=2, mask=mask)
+    x = [t.detach().to(device).requires_grad_() for t in p.tensors(dtype)]
+    grad = torch.randn_like(x[0])
+    results = []
+    for memory in (nullcontext, new_memory_is_nan):
+        torch.manual_seed(3)
+        with memory():
+            if memory is new_memory_is_nan:
+                assert torch.empty(3, device=device).isnan().all(), "the control"
+            results.append(run(nystrom_attention, p, x, grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 2, "pinned": 3}, {"pinned": 50}], ids=["plain", "window", "pinned"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import DTYPES, REGIMES, TOLERANCES, Problem, check, relative_rms, run
+from problems import DTYPES, REGIMES, TOLERANCES, Problem, check, layouts, relative_rms, run
 
 from nystrom_ext import nystrom_attention, nystrom_attention_weights, reference
 
@@ -173,19 +173,6 @@ def random_problems(draw: st.DrawFn, longest: int, widest: int, most_landmarks: 
 @given(random_problems(longest=140, widest=40, most_landmarks=70, most_taps=9))
 def test_random_problems(p: Problem) -> None:
     check(p, torch.float64)
-
-
-def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values in memory layouts that users have."""
-    B, H, n, d = x.shape
-    wide = x.new_full((B, H, n + 3, 2 * d), torch.nan)
-    wide[:, :, 3:, ::2] = x
-    return {
-        "heads inside": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "sequence first": x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-        "features outside": x.transpose(2, 3).contiguous().transpose(2, 3),
-        "offset and gaps": wide[:, :, 3:, ::2],
-    }
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 7, "pinned": 1}], ids=["plain", "window"])

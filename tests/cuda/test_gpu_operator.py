@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import DTYPES, REGIMES, Problem, check, run
+from problems import DTYPES, REGIMES, Problem, check, layouts, run
 from test_invariance import CASES, call, pad, test_borders_of_the_regimes  # noqa: F401  (collected here too)
-from test_operator import PROBLEMS, TILES, layouts, random_problems
+from test_operator import PROBLEMS, TILES, random_problems
 from torch import Tensor
 
 from nystrom_ext import nystrom_attention, reference

@@ -13,13 +13,15 @@ import time
 from simt import build
 from simt.kernels import ROOT, build_backend
 
-EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py"]
+EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py", "tests/test_extremes.py"]
 BORDERS = ["tests/test_operator.py", "-k", "borders"]
+FUZZ = ["tests/fuzz", "-k", "configurations"]
 # mode, seed of the schedule, tests
 RUNS = [
     ("plain", 0, EVERYTHING),
     ("plain", 1, BORDERS),
     ("plain", 2, BORDERS),
+    ("plain", 3, FUZZ),
     ("race", 3, BORDERS),
     ("asan", 0, BORDERS),
 ]
