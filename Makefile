@@ -1,13 +1,14 @@
-# make demo | test | smoke | test-timm | test-simt | test-cuda-build | check-cuda | bench | lint | format | clean. Each
-# sets up what it needs in $(VENV) and says so.
+# make demo | test | smoke | test-cpp | test-sanitizers | test-timm | test-simt | test-cuda-build | check-cuda | bench |
+# lint | format | clean. Each sets up what it needs in $(VENV) and says so; the C++ tests take CMake and GoogleTest from
+# the system.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/simt tests/cpp tests/cpp_consumer -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test smoke test-timm test-simt test-cuda-build check-cuda bench lint format build clean
+.PHONY: demo test smoke test-cpp test-sanitizers test-timm test-simt test-cuda-build check-cuda bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -18,6 +19,24 @@ test: build
 
 smoke: build
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_finetune_smoke.py $(ARGS)
+
+# The kernels stage by stage, the C++ API, and a program that links the installed library.
+test-cpp: build
+	$(call ctest,cpp,)
+
+# The same instrumented: memory and undefined behaviour, also from Python; then races between the kernels' tasks.
+test-sanitizers: build
+	$(call ctest,asan,address;undefined)
+	$(call ctest,tsan,thread)
+
+# In build/$(1), instrumented for $(2).
+define ctest
+	@command -v cmake > /dev/null || { echo "the C++ tests need CMake; on Debian and Ubuntu: apt-get install cmake"; exit 1; }
+	cmake -S tests/cpp -B build/$(1) -DNYSTROM_SANITIZE="$(2)" -DPython3_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import nystrom_ext, torch; print(torch.utils.cmake_prefix_path, nystrom_ext.cmake_prefix_path, sep=";")')"
+	cmake --build build/$(1) --parallel 2
+	ctest --test-dir build/$(1) --output-on-failure $(ARGS)
+endef
 
 # timm imports torchvision, whose wheel would replace a CPU torch by a CUDA one: both go into a folder of their own.
 test-timm: build
@@ -80,4 +99,4 @@ $(VENV)/built: $(VENV)/ready pyproject.toml setup.py nystrom_ext/_version.py csr
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info nystrom_ext/*.so
+	rm -rf $(VENV) build dist runs *.egg-info nystrom_ext/*.so nystrom_ext/include

@@ -99,6 +99,13 @@ class Build(BuildExtension):
             )
         super().build_extensions()
 
+    def run(self) -> None:
+        """Puts the C++ API's header beside the library, where nystrom_extConfig.cmake expects it."""
+        super().run()
+        package = Path(self.get_ext_fullpath("nystrom_ext.libnystrom")).parent
+        self.mkpath(str(package / "include" / "nystrom_ext"))
+        self.copy_file("csrc/nystrom.h", str(package / "include" / "nystrom_ext" / "nystrom.h"))
+
 
 def files(*patterns: str) -> list[str]:
     found = (path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))

@@ -1,6 +1,6 @@
 """Nyström attention for PyTorch: O(n) attention that swaps into existing transformers."""
 
-from ._library import build_info
+from ._library import build_info, cmake_prefix_path
 from ._version import __version__
 from .convert import Report, convert_, nystrom, revert_
 from .diagnosis import Diagnosis, diagnose
@@ -13,6 +13,7 @@ __all__ = [
     "Report",
     "__version__",
     "build_info",
+    "cmake_prefix_path",
     "convert_",
     "diagnose",
     "nystrom",

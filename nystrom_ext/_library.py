@@ -8,6 +8,9 @@ import torch
 
 from ._version import __version__
 
+# Where CMake finds the package `nystrom_ext` for C++ programs; torch.utils.cmake_prefix_path is needed beside it.
+cmake_prefix_path = str(Path(__file__).parent / "share" / "cmake")
+
 
 def _load() -> None:
     library = Path(__file__).with_name("libnystrom.so")

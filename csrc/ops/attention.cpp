@@ -207,8 +207,11 @@ BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const S
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& key_padding_mask, const AttentionOptions& o) {
   static const auto op = find<decltype(attention_without_grad)>("nystrom_ext::attention");
-  return op.call(query, key, value, key_padding_mask, o.query_padding_mask, o.conv_weight, o.num_landmarks,
-                 o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa, o.window, o.pinned);
+  // As torch's own functions take it: an undefined tensor is none.
+  const auto given = [](const OptionalTensor& x) { return x && x->defined() ? x : std::nullopt; };
+  return op.call(query, key, value, given(key_padding_mask), given(o.query_padding_mask), given(o.conv_weight),
+                 o.num_landmarks, o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa, o.window,
+                 o.pinned);
 }
 
 TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) { m.impl("attention", TORCH_FN(attention_without_grad)); }
