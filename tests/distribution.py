@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Beside Python files; everything else in a wheel is a mistake.
-SHIPPED = {"nystrom_ext/libnystrom.so", "nystrom_ext/_C.so", "nystrom_ext/_C.pyi", "nystrom_ext/py.typed"}
+SHIPPED = {
+    "nystrom_ext/libnystrom.so", "nystrom_ext/_C.so", "nystrom_ext/_C.pyi", "nystrom_ext/py.typed",
+    "nystrom_ext/include/nystrom_ext/nystrom.h", "nystrom_ext/share/cmake/nystrom_ext/nystrom_extConfig.cmake",
+}  # fmt: skip
 # torch's own libraries, which its package brings; the rest is the system's, on auditwheel's list.
 TORCH = {"libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libtorch_python.so", "libc10.so", "libc10_cuda.so"}
 CUDA = re.compile(r"libcudart\.so\.\d+")
