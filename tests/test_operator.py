@@ -294,6 +294,16 @@ def test_infinity_and_nan_in_valid_tokens_show() -> None:
         assert not nystrom_attention(x, x, x, num_landmarks=16).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_results_are_rounded_to_even(dtype: torch.dtype) -> None:
+    """Equal keys: means of two neighbouring numbers, each a tie, in vectors and in the rest of a row."""
+    value = 1 + torch.finfo(dtype).eps * torch.stack([torch.arange(21.0), torch.arange(1.0, 22.0)])
+    out = nystrom_attention(
+        torch.ones(1, 1, 2, 4).to(dtype), torch.ones(1, 1, 2, 4).to(dtype), value[None, None].to(dtype)
+    )
+    assert torch.equal(out[0, 0], value.mean(0).to(dtype).expand(2, -1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identical_tokens(dtype: torch.dtype) -> None:
     """A has rank 1 and attention is the mean of the values."""
