@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import nystrom_ext
+
 from . import memory
 from .checkpoint import write_atomically
 
@@ -28,7 +30,8 @@ NAMES = {
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    for package in ("nystrom_ext", "tokenizers", "transformers", "datasets", "scikit-learn"):
+    found["nystrom_ext"] = nystrom_ext.__version__
+    for package in ("tokenizers", "transformers", "datasets", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
