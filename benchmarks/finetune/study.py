@@ -45,30 +45,31 @@ class Experiment:
     settings: tuple[str, ...] = PUBLISHED
 
 
-PRETRAINED = "--model minilm --learning-rate 5e-5"
+WITH_RIVALS = ("all", "m64-w16-p1")  # one run of all in lockstep, and one of the window
+PRETRAINED = "--model minilm --learning-rate 1e-4 --bf16"
 EXPERIMENTS = {
-    "mrpc": Experiment(f"--task mrpc --data-dir {{glue}} {PRETRAINED} --epochs 3 --batch-size 16"),
+    "mrpc": Experiment(f"--task mrpc --data-dir {{glue}} {PRETRAINED} --epochs 2 --batch-size 16"),
     "sst2": Experiment(f"--task sst2 --data-dir {{glue}} {PRETRAINED} --max-train 4000 --epochs 1 --batch-size 16"),
     "imdb-512": Experiment(
-        f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 512 --max-train 2000 --max-test 1000 --batch-size 8"
+        f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 512 --max-train 1000 --max-test 1000 --batch-size 8"
     ),
     "imdb-1024": Experiment(
-        f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 1024 --max-train 1000 --max-test 500 --batch-size 8"
+        f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 1024 --max-train 750 --max-test 500 --batch-size 8"
     ),
     "listops": Experiment(
         "--task lra-listops --max-train 6000 --max-test 500 --max-steps 750 --batch-size 8 "
         "--learning-rate 1e-3 --eval-steps 250",
-        ("all",),
+        WITH_RIVALS,
     ),
     "text": Experiment(
         "--task lra-text --data-dir {imdb} --max-length 1024 --max-train 8000 --max-test 1000 "
         "--max-steps 500 --batch-size 16 --learning-rate 1e-3 --eval-steps 250",
-        ("all",),
+        WITH_RIVALS,
     ),
     "synthetic": Experiment(
         "--task synthetic --max-length 2048 --max-train 2000 --max-test 400 --max-steps 400 "
         "--batch-size 8 --learning-rate 3e-3 --eval-steps 100",
-        ("all",),
+        WITH_RIVALS,
     ),
     # For the guide: which layers first, how far the learning rate reaches, what a swap costs without training.
     "layers": Experiment(
