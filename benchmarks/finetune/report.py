@@ -15,7 +15,7 @@ from rich.table import Table
 
 import nystrom_ext
 
-from . import memory
+from . import UsageError, memory
 from .checkpoint import write_atomically
 
 STEP = "forward, backward and optimizer of the whole model, of which attention is a part"
@@ -87,6 +87,16 @@ def write(folder: Path, results: dict[str, Any]) -> list[Path]:
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def resumed(document: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same setting wrote, or the beginning of a document without cases."""
+    try:
+        found: dict[str, Any] = json.loads(document.read_text()) if document.exists() else {}
+    except ValueError as error:
+        raise UsageError(f"{document} must be JSON, it is damaged: {error}; remove it") from error
+    same = found.get("setting") == setting
+    return found if same else {"setting": setting, "versions": versions(), "cases": []}
 
 
 def write_predictions(folder: Path, arm: str, split: str, labels: tuple[str, ...], outputs: torch.Tensor) -> Path:

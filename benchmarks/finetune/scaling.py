@@ -6,7 +6,6 @@ The model is that of the Long-Range Arena tasks; every length and attention runs
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -54,12 +53,7 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     document, figure = options.output.with_suffix(".json"), options.output.with_suffix(".png")
     setting = {name: getattr(options, name) for name in ("num_landmarks", "batch_size", "steps", "threads")}
-    try:
-        found = json.loads(document.read_text()) if document.exists() else {}
-    except ValueError as error:
-        raise UsageError(f"{document} must be JSON, it is damaged: {error}; remove it") from error
-    if found.get("setting") != setting:
-        found = {"setting": setting, "versions": report.versions(), "cases": []}
+    found = report.resumed(document, setting)
     done = {(case["attention"], case["length"]) for case in found["cases"]}
     for length in options.lengths:
         for attention in options.attention:

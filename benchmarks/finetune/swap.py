@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import statistics
 import sys
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> None:
     document = args.output.with_suffix(".json")
     setting = {name: getattr(args, name) for name in ("model", "reviews", "pairs")}
-    found = _done(document, setting)
+    found = report.resumed(document, setting)
     texts = Texts.read(args)
     grid = list(itertools.product(args.num_landmarks, args.window, args.pinned))
     with torch.inference_mode():
@@ -92,16 +91,6 @@ def measure(args: argparse.Namespace) -> None:
     write_atomically(args.output.with_suffix(".md"), lambda file: file.write(table.encode()))
     figure = swap_report.draw(found)
     write_atomically(args.output.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=130))
-
-
-def _done(document: Path, setting: dict[str, Any]) -> dict[str, Any]:
-    try:
-        found = json.loads(document.read_text()) if document.exists() else {}
-    except ValueError as error:
-        raise UsageError(f"{document} must be JSON, it is damaged: {error}; remove it") from error
-    if found.get("setting") == setting:
-        return found
-    return {"setting": setting, "versions": report.versions(), "cases": []}
 
 
 @dataclass
