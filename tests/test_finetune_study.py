@@ -85,12 +85,13 @@ def test_every_command_of_the_study_is_valid(data: Path):
 
 
 def test_a_study_continues_and_survives_failures(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    words = ["--data", str(data), "--experiments", "synthetic", "--seeds", "0", "--output", str(tmp_path / "study")]
-    tiny = "--max-train 8 --max-test 4 --max-length 80 --max-steps 2 --batch-size 2 --attention softmax"
+    words = ["--data", str(data), "--experiments", "synthetic", "--settings", "softmax"]
+    words += ["--seeds", "0", "--output", str(tmp_path / "study")]
+    tiny = "--max-train 8 --max-test 4 --max-length 80 --max-steps 2 --batch-size 2"
     assert study.main([*words, "--extra", tiny + " --d-model 9"]) == 1
     assert "--d-model must be divisible" in capfd.readouterr().err
     assert study.main([*words, "--extra", tiny]) == 0
-    run = tmp_path / "study/synthetic/all-seed0/results.json"
+    run = tmp_path / "study/synthetic/softmax-seed0/results.json"
     before = run.stat().st_mtime_ns
     assert study.main([*words, "--extra", tiny]) == 0 and run.stat().st_mtime_ns == before
     assert "| softmax |" in (tmp_path / "study/comparison.md").read_text()
@@ -101,9 +102,10 @@ def test_a_study_continues_and_survives_failures(data: Path, tmp_path: Path, cap
 def test_a_signal_reaches_the_run_and_the_study_continues(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    words = ["--data", str(data), "--experiments", "synthetic", "--seeds", "0", "--output", str(tmp_path)]
-    words += ["--extra", "--max-train 8 --max-test 4 --max-length 80 --max-steps 100000 --attention softmax"]
-    run = tmp_path / "synthetic" / "all-seed0"
+    words = ["--data", str(data), "--experiments", "synthetic", "--settings", "softmax"]
+    words += ["--seeds", "0", "--output", str(tmp_path)]
+    words += ["--extra", "--max-train 8 --max-test 4 --max-length 80 --max-steps 100000"]
+    run = tmp_path / "synthetic" / "softmax-seed0"
 
     def interrupt() -> None:
         deadline = time.monotonic() + 50

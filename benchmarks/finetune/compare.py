@@ -140,32 +140,50 @@ def _difference(row: Row, exact: Row | None) -> str:
 
 
 def draw(rows: list[Row]) -> Any:
-    """Per setting: the metric on dev against the seconds of training, one line per seed."""
+    """Per setting: the score of every seed with the mean, and below it the metric on dev against the seconds."""
     from matplotlib.figure import Figure
 
     settings = list({json.dumps(row.setting): row.setting for row in rows}.values())
     columns = min(3, len(settings))
-    count = -(-len(settings) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * count), layout="constrained")
-    axes = figure.subplots(count, columns, squeeze=False).flatten()
-    for ax in axes[len(settings) :]:
-        ax.remove()
-    for ax, setting in zip(axes, settings, strict=False):
-        shown = [row for row in rows if row.setting == setting]
-        styles: dict[str, int] = {}
-        for row in shown:
-            style = DASHES[styles.setdefault(row.arm, 0) % len(DASHES)]
-            styles[row.arm] += 1
-            for i, curve in enumerate(row.curves):
-                ax.plot(
-                    *zip(*curve, strict=True), style, color=COLOURS[row.arm], marker=".", alpha=0.8,
-                    label=row.name if i == 0 else None,
-                )  # fmt: skip
-        ax.set_title(f"{setting['task']}, {setting['model'] or 'scratch'}, {setting['max_length']} tokens", fontsize=10)
-        ax.set(xlabel="seconds of training steps", ylabel=f"dev {shown[0].metric}")
-        ax.legend(frameon=False, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
+    bands = -(-len(settings) // columns)
+    figure = Figure(figsize=(5 * columns, 6 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    for place in range(bands * columns):
+        above, below = axes[2 * (place // columns) : 2 * (place // columns) + 2, place % columns]
+        if place >= len(settings):
+            above.remove(), below.remove()
+            continue
+        setting = settings[place]
+        shown = sorted((row for row in rows if row.setting == setting), key=lambda row: row.arm != "softmax")
+        above.set_title(
+            f"{setting['task']}, {setting['model'] or 'scratch'}, {setting['max_length']} tokens", fontsize=10
+        )
+        _scores(above, shown)
+        _curves(below, shown)
     return figure
+
+
+def _scores(ax: Any, rows: list[Row]) -> None:
+    for place, row in enumerate(rows):
+        scores = [100 * score for score in row.scores]
+        ax.plot([place] * len(scores), scores, "o", color=COLOURS[row.arm], alpha=0.5)
+        ax.plot(place, statistics.mean(scores), "_", color=COLOURS[row.arm], markersize=24, markeredgewidth=2)
+    ax.set_xticks(range(len(rows)), [row.name.replace(" ", "\n", 1) for row in rows], fontsize=8)
+    ax.set(ylabel=f"{rows[0].metric} %, dots are seeds", xlim=(-0.6, len(rows) - 0.4))
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _curves(ax: Any, rows: list[Row]) -> None:
+    styles: dict[str, int] = {}
+    for row in rows:
+        style = DASHES[styles.setdefault(row.arm, 0) % len(DASHES)]
+        styles[row.arm] += 1
+        for i, curve in enumerate(row.curves):
+            label = row.name if i == 0 else None
+            ax.plot(*zip(*curve, strict=True), style, color=COLOURS[row.arm], marker=".", alpha=0.8, label=label)
+    ax.set(xlabel="seconds of training steps", ylabel=f"dev {rows[0].metric}")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
