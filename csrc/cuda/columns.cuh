@@ -32,7 +32,7 @@ __device__ void differentiate_columns(typename E::Scores& p, typename E::Scores&
     const A top = valid ? of.lse[column] * of.unit : A(kInfinity), mean = valid ? of.delta[column] : A(0);
 #pragma unroll
     for (int i = 0; i < E::kRowsPerThread; ++i) {
-      p.at(i, j) = live(i, j) ? E::exp2(p.at(i, j) * scale - top) : A(0);
+      p.at(i, j) = live(i, j) ? probability<E>(p.at(i, j) * scale, top) : A(0);
       ds.at(i, j) = p.at(i, j) * (ds.at(i, j) - mean);
     }
   }

@@ -221,7 +221,7 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
     typename E::Scores ds = E::scores(b, keys.tile(1, first), scratch);
     Pass::drop(dropout, s, row0, first, ds);
     for_each(ds, E::kRowsPerThread, [&](int i, int j, A& x) {
-      x = E::exp2(p.at(i, j) - lse[i]) * (x - delta[i]);
+      x = probability<E>(p.at(i, j), lse[i]) * (x - delta[i]);
       excess[i] += E::rounded(x) - x;
     });
     E::accumulate(dqt, ds, keys.tile(0, first), out0, scratch);

@@ -91,7 +91,7 @@ struct QueryPassBackward {
   static __device__ void differentiate(typename E::Scores& logits, typename E::Scores& dp, A (&lse)[E::kRowsPerThread],
                                        A (&delta)[E::kRowsPerThread], A (&excess)[E::kRowsPerThread]) {
     for_each(dp, E::kRowsPerThread, [&](int i, int c, A& x) {
-      x = E::exp2(logits.at(i, c) - lse[i]) * (x - delta[i]);
+      x = probability<E>(logits.at(i, c), lse[i]) * (x - delta[i]);
       excess[i] += E::rounded(x);
     });
   }

@@ -95,6 +95,14 @@ __device__ __forceinline__ void for_each(Accumulator& a, int rows_per_thread, F 
   }
 }
 
+// P from a logit and LSE, in units of log2. Never above 1: the two come from different sums, and where they exceed
+// 1 / epsilon rounding alone would make P infinite. NaN stays.
+template <class E>
+__device__ typename E::Acc probability(typename E::Acc logit, typename E::Acc lse) {
+  const typename E::Acc x = logit - lse;
+  return E::exp2(x > 0 ? typename E::Acc(0) : x);
+}
+
 // Softmax of rows whose columns arrive tile by tile, in units of log2.
 template <class E>
 struct Softmax {
