@@ -151,6 +151,19 @@ def test_amp_with_a_grad_scaler_eager_and_compiled(options: dict[str, int]) -> N
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=0)
 
 
+@both
+def test_compiled_encoder_is_not_compiled_again_for_other_lengths(options: dict[str, int]) -> None:
+    torch.compiler.reset()
+    model = encoder(options).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (50, 77, 131):
+            x, ignored = torch.randn(2, tokens, 16), torch.arange(tokens) >= torch.tensor([[tokens], [30]])
+            outs = [f(x, src_key_padding_mask=ignored) for f in (compiled, model)]
+            torch.testing.assert_close(*outs)
+            outs[0].sum().backward()
+
+
 class Layer(nn.Module):
     """What people deploy: the module in a model."""
 
