@@ -13,15 +13,17 @@ import time
 from simt import build
 from simt.kernels import ROOT, build_backend
 
-EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py", "tests/test_extremes.py"]
+EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py"]
 BORDERS = ["tests/test_operator.py", "-k", "borders"]
 FUZZ = ["tests/fuzz", "-k", "configurations"]
+EXTREMES = ["tests/test_extremes.py", "-k", "float64 or bfloat16"]  # one dtype of either engine
 # mode, seed of the schedule, tests
 RUNS = [
     ("plain", 0, EVERYTHING),
     ("plain", 1, BORDERS),
     ("plain", 2, BORDERS),
     ("plain", 3, FUZZ),
+    ("plain", 4, EXTREMES),
     ("race", 3, BORDERS),
     ("asan", 0, BORDERS),
 ]
