@@ -163,8 +163,10 @@ def diagnose(
         for layer in layers:
             if layer.worst_error:  # otherwise it never approximated
                 layer.output_change = _relative(run(layer.name), exact)
-        order = [layer.name for layer in sorted(layers, key=lambda layer: layer.output_change)]
-        cumulative = [_relative(run(*order[:k]), exact) for k in range(1, len(order) + 1)]
+        cheapest = sorted(layers, key=lambda layer: layer.output_change)
+        order = [layer.name for layer in cheapest]
+        cumulative = [layer.output_change for layer in cheapest[:1]]
+        cumulative += [_relative(run(*order[:k]), exact) for k in range(2, len(order) + 1)]
     return Diagnosis(layers, order, cumulative, tolerance, report.to_dict()["options"])
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_convert import snapshot
 from torch import nn
 
 from nystrom_ext import NystromMultiheadAttention, convert_, diagnose, nystrom, reference
@@ -11,7 +12,6 @@ from nystrom_ext.diagnosis import SAMPLED_QUERIES
 
 E, H, M = 16, 2, 6
 LAYERS = [f"layers.{i}.self_attn" for i in range(3)]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
@@ -97,8 +97,7 @@ def test_leaves_the_model_alone(encoder):
     """Modes, classes, options and hooks, also after an error; the layers before keep what they had."""
     encoder.layers[1].eval()
     convert_(encoder, num_landmarks=9, include=LAYERS[2])
-    before = [(type(m), m.training, {k: v for k, v in vars(m).items() if k not in HOOKS}) for m in encoder.modules()]
-    hooks = [[list(getattr(m, name)) for name in HOOKS] for m in encoder.modules()]
+    before = snapshot(encoder)
     x = torch.randn(1, 30, E, dtype=torch.float64)
     found = diagnose(encoder, x, num_landmarks=M, options_for={"layers.0.*": None})
     assert [layer.name for layer in found.layers] == LAYERS[1:]
@@ -106,10 +105,7 @@ def test_leaves_the_model_alone(encoder):
         diagnose(encoder, x, output_fn=lambda output: "nothing")
     with pytest.raises(TypeError):
         diagnose(encoder, {"no_such": x})
-    assert before == [
-        (type(m), m.training, {k: v for k, v in vars(m).items() if k not in HOOKS}) for m in encoder.modules()
-    ]
-    assert hooks == [[list(getattr(m, name)) for name in HOOKS] for m in encoder.modules()]
+    assert snapshot(encoder) == before
 
 
 def test_short_input_is_exact(encoder):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shlex
 import statistics
 import sys
 import time
@@ -115,9 +114,8 @@ class Texts:
 
         folder = pretrained.folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        common = f"--model minilm --max-train {10 * args.reviews} --max-test {10 * args.reviews}"
-        imdb = _load(f"--task imdb --data-dir '{data_set(args.data, 'aclImdb')}' {common}")
-        mrpc = _load(f"--task mrpc --data-dir '{data_set(args.data, 'glue')}' --model minilm --max-test {args.pairs}")
+        imdb = _load("imdb", data_set(args.data, "aclImdb"), max_train=10 * args.reviews, max_test=10 * args.reviews)
+        mrpc = _load("mrpc", data_set(args.data, "glue"), max_test=args.pairs)
 
         def encode(examples: list[Any], least: int) -> Encoded:
             ids = tokenizer([text for text, _ in examples], truncation=True, max_length=MAX_LENGTH)["input_ids"]
@@ -190,8 +188,9 @@ def cost(shape: tuple[int, int, int], grid: list[tuple[int, int, int]], repetiti
     return cases
 
 
-def _load(words: str) -> Any:
-    return data.load(parse(shlex.split(words)))
+def _load(task: str, folder: str, **sizes: int) -> Any:
+    words = ["--task", task, "--data-dir", folder, "--model", "minilm"]
+    return data.load(parse(words + [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]))
 
 
 def _classifier(embeddings: Tensor, labels: Tensor) -> Any:
