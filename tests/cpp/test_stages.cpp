@@ -137,12 +137,16 @@ TEST_P(Stages, KeyPass) {
   });
 }
 
+void put_what_the_core_needs(Stage& s) {
+  s.put(s.qt, OF(qt));
+  s.put(s.kt, OF(kt));
+  s.put(s.u, OF(u));
+  s.put(s.lse, OF(lse));
+}
+
 TEST_P(Stages, Core) {
   run([](Stage& s) {
-    s.put(s.qt, OF(qt));
-    s.put(s.kt, OF(kt));
-    s.put(s.u, OF(u));
-    s.put(s.lse, OF(lse));
+    put_what_the_core_needs(s);
     s.schedule.core();
     s.check("W", s.w, OF(w));
     if (s.problem.extended()) s.check("missed", s.missed, OF(missed), 10);  // a small difference of two logarithms
@@ -177,10 +181,7 @@ TEST_P(Stages, QueryPassBackward) {
 
 TEST_P(Stages, CoreBackward) {
   run([](Stage& s) {
-    s.put(s.qt, OF(qt));
-    s.put(s.kt, OF(kt));
-    s.put(s.u, OF(u));
-    s.put(s.lse, OF(lse));
+    put_what_the_core_needs(s);
     s.put(s.dw, OF(dw));
     s.put(s.dkt, OF(dkt_of_queries));
     if (s.problem.extended()) s.put(s.dmissed, OF(dmissed));
