@@ -1,6 +1,10 @@
 // Storage types and the accumulation type they are computed in: 16-bit values are converted on load and on store.
 #pragma once
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "simd.h"
 
 namespace {
@@ -108,5 +112,24 @@ inline void store_as(T* p, Vec<Acc<T>> v) {
     store(p, v);
   }
 }
+
+// Half as the processor converts it by itself: the same numbers. (The masks keep GCC 12 from warning of its own
+// header.)
+#if defined(__F16C__) && NYSTROM_VECTOR_BYTES == 64
+inline Vec<float> load_as(const float16* p) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_as(float16* p, Vec<float> v) {
+  const __m256i bits = _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+}
+#elif defined(__F16C__) && NYSTROM_VECTOR_BYTES == 32
+inline Vec<float> load_as(const float16* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_as(float16* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 }  // namespace

@@ -31,7 +31,7 @@ struct Convolution {
   }
 
   // out (n, width) += the convolution at the window's n positions: 4 rows at a time share each row of x.
-  void accumulate(int64_t n, A* out) const {
+  void accumulate(int64_t n, Place<A> out) const {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) rows<4>(i, out);
     for (; i < n; ++i) rows<1>(i, out);
@@ -52,7 +52,7 @@ struct Convolution {
 
  private:
   template <int R>
-  void rows(int64_t first, A* out) const {
+  void rows(int64_t first, Place<A> out) const {
     constexpr int W = Simd<A>::width;
     const int64_t width = padded(x.columns);
     for (int64_t c = 0; c < width; c += W) {
@@ -66,7 +66,7 @@ struct Convolution {
       }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        A* to = out + (first + r) * width + c;
+        A* to = out.data + (first + r) * out.ld + c;
         store(to, load(to) + acc[r]);
       }
     }

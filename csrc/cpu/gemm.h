@@ -15,13 +15,31 @@ using nystrom_ext::kRowAlign;
 // Register tile: rows x vectors of C. 12 of 16 vector registers, 28 of 32 with AVX-512.
 constexpr int kTileRows = NYSTROM_VECTOR_BYTES == 64 ? 14 : 6;
 constexpr int kTileVectors = 2;
+// Rows of queries or keys that a pass works on at a time: a multiple of kTileRows whose tiles stay in L2.
+constexpr int64_t kBlock = NYSTROM_VECTOR_BYTES == 64 ? 98 : 96;
 constexpr int64_t kDepth = 256;  // k per packed panel: 32 KB of float in L1 with AVX-512
+
+// While a product runs, asks for what the next ones need: in the same place of the next block, the rows of an operand
+// of tokens (A, or B where A is transposed), which may come from memory and are too short for the processor to foresee;
+// and the rows of C. For operands in the caches it asks for nothing useful, at the price of a load.
+template <class A, int R, int C, bool Transposed>
+inline void look_ahead(int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, const A* c, int64_t ldc) {
+  constexpr int64_t kLine = 64 / sizeof(A), kWidth = C * Simd<A>::width;
+  if constexpr (Transposed) {
+    for (int64_t j = 0; j < kWidth; j += kLine) __builtin_prefetch(b + (kBlock + k) * ldb + j);
+  } else {
+    for (int64_t i = k % kLine; i < R; i += kLine) __builtin_prefetch(a + (kBlock + i) * lda + k / kLine * kLine);
+  }
+  if (k >= R) return;
+  for (int64_t j = 0; j < kWidth; j += kLine) __builtin_prefetch(c + k * ldc + j, 1);
+}
 
 template <class A, int R, int C, bool Transposed>
 inline void micro(int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha, bool add) {
   constexpr int W = Simd<A>::width;
   Vec<A> acc[R][C] = {};
   for (int64_t k = 0; k < K; ++k) {
+    look_ahead<A, R, C, Transposed>(k, a, lda, b, ldb, c, ldc);
     Vec<A> row[C];
 #pragma GCC unroll 2
     for (int j = 0; j < C; ++j) row[j] = load(b + k * ldb + j * W);

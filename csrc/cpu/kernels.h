@@ -13,6 +13,17 @@ namespace nystrom_ext::cpu {
 constexpr int64_t chunk_length(int64_t m) { return m <= 64 ? 1024 : round_up(16 * m, 1024); }
 inline int64_t chunks(const Tokens& t, int64_t m) { return divide_up(t.length, chunk_length(m)); }
 
+// The chunk that a task of a pass stands for: tasks are numbered (sample, chunk, head), so that neighbours, which one
+// thread takes, share memory pages where a token's heads lie side by side, as they do in the results. `part` numbers
+// partial sums, (problem, chunk).
+struct ChunkTask {
+  int64_t problem, chunk, part;
+  ChunkTask(int64_t task, int64_t heads, int64_t chunks)
+      : problem(task / (heads * chunks) * heads + task % heads),
+        chunk(task / heads % chunks),
+        part(problem * chunks + chunk) {}
+};
+
 // Partial sums of one stage over (problem, chunk), reduced in chunk order.
 struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;

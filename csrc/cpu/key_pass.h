@@ -65,14 +65,15 @@ void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t
   const Scratch<KeyPassScratch<A>> scratch(static_cast<const Problem&>(f));
   const int64_t n_chunks = chunks(f.keys, f.landmarks), chunk = chunk_length(f.landmarks), width = f.value_width();
   for (int64_t task = begin; task < end; ++task) {
-    const Head s(f, task / n_chunks);
-    const int64_t from = task % n_chunks * chunk, to = s.keys < from + chunk ? s.keys : from + chunk;
+    const ChunkTask of(task, f.heads, n_chunks);
+    const Head s(f, of.problem);
+    const int64_t from = of.chunk * chunk, to = s.keys < from + chunk ? s.keys : from + chunk;
     if (from >= to || s.regime == Regime::exact_keys) continue;
     const Dropout dropout(f, s.n);
     const int64_t rows = f.queries.landmarks, m = padded(s.query_rows);
-    A* u = slice<A>(partials.a, task, rows, width);
-    A* maxima = slice<A>(partials.b, task, padded(rows));
-    A* sums = slice<A>(partials.c, task, padded(rows));
+    A* u = slice<A>(partials.a, of.part, rows, width);
+    A* maxima = slice<A>(partials.b, of.part, padded(rows));
+    A* sums = slice<A>(partials.c, of.part, padded(rows));
     fill(u, rows * width, A(0));
     fill(maxima, m, A(-__builtin_inf()));
     fill(sums, m, A(0));

@@ -56,7 +56,7 @@ void convolution_backward(const Backward& g, const Head& s, int64_t first, int64
                             scratch.window};
   for_each_run(s.key_index, first, n, [&](int64_t row, int64_t position, int64_t count) {
     conv.read(position, count);
-    conv.accumulate(count, scratch.dvalue + row * g.value_width());
+    conv.accumulate(count, {scratch.dvalue + row * g.value_width(), g.value_width()});
     conv.correlate(count, v.data + row * v.ld, v.ld, scratch.dtaps);
   });
 }
@@ -70,8 +70,9 @@ void key_pass_backward(const Backward& g, const Partials& partials, int64_t begi
   const int64_t n_chunks = chunks(g.keys, g.landmarks), chunk = chunk_length(g.landmarks), group = g.group();
   const int64_t d = g.head_width(), e = g.value_width();
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / n_chunks / g.kv_heads, kv = task / n_chunks % g.kv_heads, c = task % n_chunks;
-    const Head shared(g, b * g.heads + kv * group);
+    const ChunkTask of(task, g.kv_heads, n_chunks);
+    const Head shared(g, of.problem * group);
+    const int64_t c = of.chunk;
     const int64_t from = c * chunk, to = shared.keys < from + chunk ? shared.keys : from + chunk;
     for (int64_t h = 0; h < group; ++h) {
       const int64_t part = (shared.n + h) * n_chunks + c;
@@ -97,8 +98,8 @@ void key_pass_backward(const Backward& g, const Partials& partials, int64_t begi
         A* dconv = slice<A>(partials.b, part, g.taps);
         for (int64_t t = 0; t < g.taps; ++t) dconv[g.taps - 1 - t] += sum<A>(load(scratch->dtaps + t * W));
       }
-      key_rows<T>(g.dkey, shared, g.head_dim).write(i, n, scratch->dkey);
-      key_rows<T>(g.dvalue, shared, g.value_dim).write(i, n, scratch->dvalue);
+      key_rows<T>(g.dkey, shared, g.head_dim).write(i, n, {scratch->dkey, d});
+      key_rows<T>(g.dvalue, shared, g.value_dim).write(i, n, {scratch->dvalue, e});
     }
   }
 }

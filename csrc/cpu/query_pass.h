@@ -38,7 +38,7 @@ void query_pass_probabilities(const Problem& p, const Head& s, int64_t n, Tile<A
 // The same with the columns of the window and the pinned tokens in the softmax.
 template <class T>
 void window_block(const Forward& f, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                  const QueryPassScratch<Acc<T>>& scratch) {
+                  const QueryPassScratch<Acc<T>>& scratch, Place<Acc<T>> out) {
   using A = Acc<T>;
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window), e = f.value_width();
   const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
@@ -46,32 +46,32 @@ void window_block(const Forward& f, const Head& s, const Dropout& dropout, int64
   window_scores(f, s, first, n, q, near.key, scratch.kt, scratch.near, scratch.scores);
   softmax_rows(scratch.scores, n, ld, ld);
   if (dropout.on()) drop_window_rows(dropout, s, first, n, scratch.scores);
-  gemm<false>(n, e, s.columns(), scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), e), e, scratch.out, e);
+  gemm<false>(n, e, s.columns(), scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), e), e, out.data, out.ld);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     gemm<false>(rows, e, rows + 2 * s.window, scratch.scores + row * ld + m, ld, near.value.data + row * near.value.ld,
-                near.value.ld, scratch.out + row * e, e, A(1), true);
+                near.value.ld, out.data + row * out.ld, out.ld, A(1), true);
   });
 }
 
 // One block of O before the convolution, by regime.
 template <class T>
 void query_block(const Forward& f, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                 const QueryPassScratch<Acc<T>>& scratch) {
+                 const QueryPassScratch<Acc<T>>& scratch, Place<Acc<T>> out) {
   using A = Acc<T>;
   const int64_t width = f.value_width(), m = padded(s.key_rows);
   if (s.regime == Regime::empty) {
-    fill(scratch.out, n * width, A(0));
+    for (int64_t i = 0; i < n; ++i) fill(out.data + i * out.ld, width, A(0));
   } else if (s.regime == Regime::exact_queries) {
-    const A* u = slice<A>(f.u, s.n, f.queries.landmarks, width);
-    std::memcpy(scratch.out, u + first * width, size_t(n * width) * sizeof(A));
+    const A* u = slice<A>(f.u, s.n, f.queries.landmarks, width) + first * width;
+    for (int64_t i = 0; i < n; ++i) std::memcpy(out.data + i * out.ld, u + i * width, size_t(width) * sizeof(A));
   } else if (s.extended) {
-    window_block<T>(f, s, dropout, first, n, scratch);
+    window_block<T>(f, s, dropout, first, n, scratch, out);
   } else {
     const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
     query_pass_probabilities(f, s, n, q, scratch.kt, scratch.scores);
     if (dropout.on()) drop_rows(dropout, s, first, n, scratch.scores, m);
-    gemm<false>(n, width, s.key_rows, scratch.scores, m, slice<A>(f.w, s.n, f.columns(), width), width, scratch.out,
-                width);
+    gemm<false>(n, width, s.key_rows, scratch.scores, m, slice<A>(f.w, s.n, f.columns(), width), width, out.data,
+                out.ld);
   }
 }
 
@@ -80,10 +80,11 @@ template <class T>
 void query_pass(const Forward& f, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<QueryPassScratch<A>> scratch(static_cast<const Problem&>(f));
-  const int64_t n_chunks = chunks(f.queries, f.landmarks), chunk = chunk_length(f.landmarks), width = f.value_width();
+  const int64_t n_chunks = chunks(f.queries, f.landmarks), chunk = chunk_length(f.landmarks);
   for (int64_t task = begin; task < end; ++task) {
-    const Head s(f, task / n_chunks);
-    const int64_t from = task % n_chunks * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
+    const ChunkTask of(task, f.heads, n_chunks);
+    const Head s(f, of.problem);
+    const int64_t from = of.chunk * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
     if (from >= to) continue;
     const Dropout dropout(f, s.n);
     transpose(slice<A>(f.kt, s.n, f.columns(), f.head_width()), s.columns(), f.head_dim, f.head_width(), scratch->kt,
@@ -100,14 +101,15 @@ void query_pass(const Forward& f, int64_t begin, int64_t end) {
     if (f.taps) read_taps<T>(f, s.h, false, scratch->taps);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
-      query_block<T>(f, s, dropout, i, n, *scratch);
+      const Place<A> o = out.place(i, n, scratch->out);
+      query_block<T>(f, s, dropout, i, n, *scratch, o);
       if (f.taps) {
         for_each_run(s.query_index, i, n, [&](int64_t row, int64_t position, int64_t count) {
           conv.read(position, count);
-          conv.accumulate(count, scratch->out + row * width);
+          conv.accumulate(count, {o.data + row * o.ld, o.ld});
         });
       }
-      out.write(i, n, scratch->out);
+      out.write(i, n, o);
     }
   }
 }
@@ -134,7 +136,8 @@ struct QueryPassBackwardScratch {
 // W^T), D: dropout. dQ still lacks the landmarks' share, which `landmarks_backward` adds.
 template <class T>
 void query_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                          const QueryPassBackwardScratch<Acc<T>>& scratch, Acc<T>* dw, Acc<T>* dkt) {
+                          const QueryPassBackwardScratch<Acc<T>>& scratch, Place<Acc<T>> dquery, Acc<T>* dw,
+                          Acc<T>* dkt) {
   using A = Acc<T>;
   const int64_t m = padded(s.key_rows), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
@@ -147,14 +150,15 @@ void query_block_backward(const Backward& g, const Head& s, const Dropout& dropo
   if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
   gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, dw, e, A(1), true);
   gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, dkt, d, A(1), true);
-  gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, scratch.dquery, d);
+  gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, dquery.data, dquery.ld);
 }
 
 // The same with the columns of the window and the pinned tokens: dS1 sums to dmissed over the landmarks, and LSE1 and
 // delta1 = rowsum(P1 * dP1) are kept for the key pass, which gives each key its gradients as a column of the windows.
 template <class T>
 void window_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                           const QueryPassBackwardScratch<Acc<T>>& scratch, Acc<T>* dw, Acc<T>* dkt, Acc<T>* dmissed) {
+                           const QueryPassBackwardScratch<Acc<T>>& scratch, Place<Acc<T>> dquery, Acc<T>* dw,
+                           Acc<T>* dkt, Acc<T>* dmissed) {
   using A = Acc<T>;
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
@@ -175,10 +179,10 @@ void window_block_backward(const Backward& g, const Head& s, const Dropout& drop
   const A scale = A(g.scale);
   gemm<true>(s.columns(), e, n, p, ld, dout.data, dout.ld, dw, e, A(1), true);
   gemm<true>(s.columns(), d, n, ds, ld, q.data, q.ld, dkt, d, scale, true);
-  gemm<false>(n, d, s.columns(), ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, scratch.dquery, d, scale);
+  gemm<false>(n, d, s.columns(), ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, dquery.data, dquery.ld, scale);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     gemm<false>(rows, d, rows + 2 * s.window, ds + row * ld + m, ld, near.key.data + row * near.key.ld, near.key.ld,
-                scratch.dquery + row * d, d, scale, true);
+                dquery.data + row * dquery.ld, dquery.ld, scale, true);
   });
 }
 
@@ -190,32 +194,34 @@ void query_pass_backward(const Backward& g, const Partials& partials, int64_t be
   const int64_t n_chunks = chunks(g.queries, g.landmarks), chunk = chunk_length(g.landmarks);
   const int64_t rows = g.columns(), d = g.head_width(), e = g.value_width();
   for (int64_t task = begin; task < end; ++task) {
-    const Head s(g, task / n_chunks);
-    const int64_t from = task % n_chunks * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
+    const ChunkTask of(task, g.heads, n_chunks);
+    const Head s(g, of.problem);
+    const int64_t from = of.chunk * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
     if (from >= to) continue;
     const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
     const Dropout dropout(g, s.n);
-    A* dw = slice<A>(partials.a, task, rows, e);
-    A* dkt = slice<A>(partials.b, task, rows, d);
+    A* dw = slice<A>(partials.a, of.part, rows, e);
+    A* dkt = slice<A>(partials.b, of.part, rows, d);
     fill(dw, rows * e, A(0));
     fill(dkt, rows * d, A(0));
     const int64_t m = padded(s.columns());
     transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, m, A(g.scale));
     transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
     if (s.extended) scratch->near.prepare(s);
-    A* dmissed = slice<A>(partials.c, task, g.extended() ? g.queries.landmarks : 0);
+    A* dmissed = slice<A>(partials.c, of.part, g.extended() ? g.queries.landmarks : 0);
     fill(dmissed, g.extended() ? g.queries.landmarks : 0, A(0));
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
+      const Place<A> dq = dquery.place(i, n, scratch->dquery);
       if (idle) {
-        fill(scratch->dquery, n * d, A(0));
+        for (int64_t r = 0; r < n; ++r) fill(dq.data + r * dq.ld, d, A(0));
       } else if (s.extended) {
-        window_block_backward<T>(g, s, dropout, i, n, *scratch, dw, dkt, dmissed);
+        window_block_backward<T>(g, s, dropout, i, n, *scratch, dq, dw, dkt, dmissed);
       } else {
-        query_block_backward<T>(g, s, dropout, i, n, *scratch, dw, dkt);
+        query_block_backward<T>(g, s, dropout, i, n, *scratch, dq, dw, dkt);
       }
-      dquery.write(i, n, scratch->dquery);
+      dquery.write(i, n, dq);
     }
   }
 }

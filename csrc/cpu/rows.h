@@ -57,6 +57,12 @@ struct Tile {
   int64_t ld;
 };
 
+template <class A>
+struct Place {
+  A* data;
+  int64_t ld;
+};
+
 template <class T>
 struct Rows {
   using A = Acc<T>;
@@ -86,18 +92,29 @@ struct Rows {
     for (; x < columns; ++x) to[x * feature] = from_acc<T>(from[x]);
   }
 
-  // Ranks first .. first + count - 1: the operand's own memory where its layout allows, else a copy in `scratch`.
-  Tile<A> read(int64_t first, int64_t count, A* scratch) const {
+  // Where to work on ranks first .. first + count - 1: in the operand's own memory if its layout allows, else
+  // `scratch`.
+  Place<A> place(int64_t first, int64_t count, A* scratch) const {
     if constexpr (sizeof(T) == sizeof(A)) {
       const bool run = index == nullptr || index[first + count - 1] - index[first] == count - 1;
       if (run && feature == 1 && columns % kRowAlign == 0) return {data + position(first) * token, token};
     }
-    const int64_t ld = padded(columns);
-    for (int64_t i = 0; i < count; ++i) read(position(first + i), scratch + i * ld);
-    return {scratch, ld};
+    return {scratch, padded(columns)};
   }
-  void write(int64_t first, int64_t count, const A* from) const {
-    for (int64_t i = 0; i < count; ++i) write(position(first + i), from + i * padded(columns));
+  Tile<A> read(int64_t first, int64_t count, A* scratch) const {
+    const Place<A> at = place(first, count, scratch);
+    if (at.data != scratch) return {at.data, at.ld};
+    for (int64_t i = 0; i < count; ++i) {
+      const T* next = data + (position(first + i) + count) * token;  // about where the next tile's rows lie
+      for (int64_t x = 0; feature == 1 && x < columns; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + x);
+      read(position(first + i), scratch + i * at.ld);
+    }
+    return {scratch, at.ld};
+  }
+  // Nothing is left to do where `from` is the operand's own memory, as `place` may have given it.
+  void write(int64_t first, int64_t count, Place<A> from) const {
+    if (static_cast<void*>(from.data) == data + position(first) * token) return;
+    for (int64_t i = 0; i < count; ++i) write(position(first + i), from.data + i * from.ld);
   }
 };
 

@@ -6,9 +6,6 @@
 
 namespace {
 
-// Rows of queries or keys that a pass works on at a time: a multiple of kTileRows whose tiles stay in L2.
-constexpr int64_t kBlock = NYSTROM_VECTOR_BYTES == 64 ? 98 : 96;
-
 template <class A>
 void fill(A* to, int64_t n, A x) {
   for (int64_t i = 0; i < n; ++i) to[i] = x;

@@ -1,6 +1,7 @@
 // The CPU backend: each stage allocates its partial sums and shares its tasks out to the threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -134,12 +135,19 @@ void landmarks_backward(const Backward& g) {
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).landmarks_backward(g, a, b); });
 }
 
+// Under its name in torch.profiler.
+template <class P>
+void stage(const char* name, void (*run)(const P&), const P& p) {
+  RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>{});
+  run(p);
+}
+
 void forward(Forward& f) {
   const at::Tensor tokens = plan(f);
-  landmarks(f);
-  key_pass(f);
-  core(f);
-  query_pass(f);
+  stage("nystrom_ext::landmarks", landmarks, f);
+  stage("nystrom_ext::key_pass", key_pass, f);
+  stage("nystrom_ext::core", core, f);
+  stage("nystrom_ext::query_pass", query_pass, f);
 }
 
 void backward(Backward& g) {
@@ -148,10 +156,10 @@ void backward(Backward& g) {
   const at::Tensor lse1 = buffer(g, rows), delta1 = buffer(g, rows);
   g.lse1 = lse1.data_ptr();
   g.delta1 = delta1.data_ptr();
-  query_pass_backward(g);
-  core_backward(g);
-  key_pass_backward(g);
-  landmarks_backward(g);
+  stage("nystrom_ext::query_pass_backward", query_pass_backward, g);
+  stage("nystrom_ext::core_backward", core_backward, g);
+  stage("nystrom_ext::key_pass_backward", key_pass_backward, g);
+  stage("nystrom_ext::landmarks_backward", landmarks_backward, g);
 }
 
 const Backend cpu_backend{nullptr, forward, backward};
