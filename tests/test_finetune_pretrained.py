@@ -170,6 +170,18 @@ def test_a_dry_run_writes_nothing(tiny: Path, texts: Path, tmp_path: Path, capfd
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["attention_probs_dropout_prob", "attention_dropout"])
+def test_attention_dropout_is_set_where_the_model_has_it(name: str, tiny: Path, texts: Path, tmp_path: Path):
+    folder = tiny
+    if name == "attention_dropout":
+        folder = tmp_path / "model"
+        T.DistilBertForSequenceClassification(
+            T.DistilBertConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+        ).save_pretrained(folder)
+    args = parse(arguments(tiny, texts, tmp_path, "--attention-dropout", 0.25, "--model", folder))
+    assert getattr(pretrained.build(args, "softmax", ("a", "b")).config, name) == 0.25
+
+
 def test_out_of_memory_comes_with_advice(
     tiny: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -189,6 +201,7 @@ BAD = {
     "lra": (["--task", "lra-text"], "--task lra-text needs --model scratch"),
     "scratch only": (["--d-model", "8"], "--d-model needs --model scratch"),
     "pretrained only": (["--model", "scratch", "--bf16"], "--bf16 needs a Hugging Face --model"),
+    "attention dropout": (["--attention-dropout", "1"], "--attention-dropout must be in [0, 1), got 1.0"),
     "include": (["--include", "nothing.*"], "--attention nystrom must convert a module"),
     "window": (["--window", "-1"], "--window must not be negative, got -1"),
     "warm-up": (["--warmup-steps", "1.5"], "--warmup-steps must be whole or a share below 1, got 1.5"),

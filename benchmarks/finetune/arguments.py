@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "conv_kernel_size": None, "linformer_k": 256, "performer_features": 256, "reformer_hashes": 2,
     "epochs": 1, "max_steps": None, "batch_size": 16, "eval_batch_size": 16, "learning_rate": 3e-3,
     "weight_decay": 0.01, "warmup_steps": 0.1, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
-    "bf16": False, "seed": 0, "threads": None, "device": "cpu",
+    "attention_dropout": None, "bf16": False, "seed": 0, "threads": None, "device": "cpu",
     "output_dir": Path("runs/finetune"), "checkpoint_every": 50, "eval_steps": None, "resume": False,
     "report_to": "none", "dry_run": False, "do_predict": False, "save_model": False,
 }  # fmt: skip
@@ -57,7 +57,10 @@ SCRATCH_ONLY = (
     "d_model", "layers", "heads", "feedforward", "dropout", "max_positions", "vocab_size", "conv_kernel_size",
     "linformer_k", "performer_features", "reformer_hashes",
 )  # fmt: skip
-PRETRAINED_ONLY = ("extend_positions", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "save_model")
+PRETRAINED_ONLY = (
+    "extend_positions", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "save_model",
+    "attention_dropout",
+)  # fmt: skip
 GENERATED = ("synthetic", "lra-listops")  # tasks that need no data
 
 
@@ -176,6 +179,7 @@ def _build() -> argparse.ArgumentParser:
     add("--warmup-steps", type=float, help="steps, or below 1 the share of the steps, in which the learning rate rises")
     add("--gradient-accumulation-steps", type=int, help="batches per optimizer step")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--attention-dropout", type=float, help="the model's own if left out; 0 lets softmax run fused")
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--seed", type=int, help="decides data, initial values, batches and dropout")
     add("--threads", type=int, help="CPU threads; default: torch's choice")
@@ -212,8 +216,9 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
         )
     if args.d_model % args.heads:
         raise UsageError(f"--d-model must be divisible by --heads, got {args.d_model} and {args.heads}; change one")
-    if not 0 <= args.dropout < 1:
-        raise UsageError(f"--dropout must be in [0, 1), got {args.dropout}; 0 switches it off")
+    for name in ("dropout", "attention_dropout"):
+        if (p := getattr(args, name)) is not None and not 0 <= p < 1:
+            raise UsageError(f"{_flag(name)} must be in [0, 1), got {p}; 0 switches it off")
     if args.warmup_steps >= 1 and not args.warmup_steps.is_integer():
         raise UsageError(f"--warmup-steps must be whole or a share below 1, got {args.warmup_steps}; round it")
     if not 0 <= args.seed < 2**31:

@@ -201,6 +201,8 @@ def build(args: argparse.Namespace, attention: str, labels: tuple[str, ...]) -> 
         names = dict(enumerate(labels))
         numbers = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
         numbers["problem_type"] = "single_label_classification"
+    if args.attention_dropout is not None:
+        numbers[_name_of_attention_dropout(args)] = args.attention_dropout
     built = AutoModelForSequenceClassification.from_pretrained(folder(args.model), dtype=torch.float32, **numbers)
     known = positions.extend_(built, args.max_length, args.extend_positions)
     if 0 < known < args.max_length:
@@ -208,6 +210,14 @@ def build(args: argparse.Namespace, attention: str, labels: tuple[str, ...]) -> 
     if attention == "nystrom":
         model.convert(built, args)
     return built.to(args.device)
+
+
+def _name_of_attention_dropout(args: argparse.Namespace) -> str:
+    known = AutoConfig.from_pretrained(folder(args.model))
+    for name in ("attention_probs_dropout_prob", "attention_dropout"):
+        if hasattr(known, name):
+            return name
+    raise UsageError(f"--attention-dropout needs a model that has it, got --model {args.model}; leave it out")
 
 
 def folder(name: str) -> str:
