@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as program
-from benchmarks.speed import bars, machine, peers, readme
+from benchmarks.speed import bars, machine, peers, readme, stages
 from benchmarks.speed.arguments import parse
 from benchmarks.speed.cases import Case, Entry, tables
 from benchmarks.speed.gate import Gate
@@ -207,6 +208,7 @@ def _results(seconds: dict[tuple[str, int], float]) -> dict[str, Any]:
         "peaks": {"gflops": 200.0},
         "same_bits": True,
         "cells": cells,
+        "stages": [],
         "memory": [],
     }
 
@@ -225,13 +227,25 @@ def test_bars() -> None:
     assert found["thread count and batch mates change no bit"] is True
 
 
-def test_percent_of_peak_leaves_the_core_out() -> None:
-    def seconds(n: int) -> float:
-        return 1.0 + (Case(1, 8, n, 64, 64).flops(False) - Case(1, 8, 0, 64, 64).flops(False)) / 140e9
+def test_stages() -> None:
+    args = parse(["--lengths", "256", "4096", "--repeats", "3", "--heads", "1", "--threads", "1"])
+    (record,) = stages.records(args)
+    assert record["case"]["n"] == 4096 and list(record["stages"]) == list(stages.NAMES)
+    assert all(s["runs"] == 3 and 0 < s["minimum"] <= s["median"] for s in record["stages"].values())
+    args.device = "cuda"
+    assert stages.records(args) == []
 
-    results = _results({("nystrom_ext", n): seconds(n) for n in (4096, 8192)})
-    (bar,) = [bar for bar in bars.bars(results) if bar["bar"].startswith("percent of peak in the forward")]
-    assert bar["measured"] == pytest.approx(70) and bar["passed"]
+
+def test_percent_of_peak_is_that_of_the_passes() -> None:
+    products = 8 * 4096 * 64 * 64  # heads, tokens, landmarks, features
+    record = {"case": asdict(Case(1, 8, 4096, 64, 64)), "stages": {name: {"minimum": 1.0} for name in stages.NAMES}}
+    record["stages"] |= {name: {"minimum": 4 * products / 140e9} for name in ("key_pass", "query_pass")}
+    results = {**_results({}), "stages": [record]}
+    found = {bar["bar"]: bar for bar in bars.bars(results) if bar["bar"].startswith("percent of peak")}
+    forward, backward = (found[f"percent of peak in the {name} passes, n = 4096"] for name in ("forward", "backward"))
+    assert forward["measured"] == pytest.approx(70) and forward["passed"] and not backward["passed"]
+    unmeasured = [bar["passed"] for bar in bars.bars(_results({})) if bar["bar"].startswith("percent of peak")]
+    assert unmeasured == [None, None]
 
 
 @pytest.mark.parametrize("strict, status", [([], 0), (["--check"], 0), (["--strict"], 1)])

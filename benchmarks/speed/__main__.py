@@ -15,7 +15,7 @@ from benchmarks.finetune import UsageError
 from benchmarks.finetune.checkpoint import write_atomically
 from benchmarks.finetune.interrupts import Interrupted, Interrupts
 
-from . import bars, cases, machine, memory, report
+from . import bars, cases, machine, memory, report, stages
 from .arguments import parse
 from .gate import Gate, same_bits
 from .measure import race
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     memory_entries = [] if args.no_memory else memory.entries(args)
     groups = [group for table in tables.values() for group in table]
     gate, cells, memories = Gate(), [], []
-    total = 2 + len(cases.PASSES) * len(groups) + len(memory_entries)
+    total = 3 + len(cases.PASSES) * len(groups) + len(memory_entries)
     interval = 0.1 if sys.stderr.isatty() else 10.0  # few lines in a log
     with tqdm(total=total, desc="peak of the machine", mininterval=interval, dynamic_ncols=True) as bar:
         peaks = machine.peaks(args.device, args.dtype)
@@ -74,6 +74,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             bar.set_description(f"memory {entry.contestant} {entry.column}", refresh=False)
             memories.append(memory.record(entry, name, gate, args))
             bar.update()
+        bar.set_description("stages", refresh=False)
+        profiled = stages.records(args)
+        bar.update()
         bar.set_description("peak of the machine", refresh=False)
         peaks = machine.better(peaks, machine.peaks(args.device, args.dtype))
         bar.update()
@@ -84,6 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "errors": gate.errors,
         "same_bits": same_bits(args.device) if "nystrom_ext" in gate.errors else None,
         "cells": cells,
+        "stages": profiled,
         "memory": memories,
     }
     return {**results, "bars": bars.bars(results)}

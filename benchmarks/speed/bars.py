@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from . import stages
 from .cases import Case
 
 COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
@@ -49,7 +50,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         *_exact(cells),
         *_window(cells),
         *_types(cells, results["machine"]["build"]["cpu_capability"]),
-        *_peak(results, cells),
+        *_peak(results),
         bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
         *_memory(results),
         bar("n = 1,000,000 runs forward+backward", _million(cells), True),
@@ -93,28 +94,14 @@ def _types(cells: Cells, capability: str) -> Iterator[dict[str, Any]]:
             yield bar(f"{dtype} / float32, ours, forward, n = {n}", ratio, 1.15, at_most=True)
 
 
-def _peak(results: dict[str, Any], cells: Cells) -> Iterator[dict[str, Any]]:
-    """Percent of peak of the passes: from the time that further tokens take, which leaves the core out."""
-    peak = results["peaks"]["gflops"]
-    for name, limit in (("forward", 65.0), ("backward", 55.0)):
-        rates = [rate for n in cells.lengths() if n > 4096 and (rate := slope(results, name, 4096, n))]
-        measured = 100 * max(rates) / peak if rates else None
-        yield bar(f"percent of peak in the {name} passes, n > 4096", measured, limit)
-
-
-def slope(results: dict[str, Any], name: str, low: int, high: int) -> float | None:
-    """GFLOP/s of ours in tokens ``low`` to ``high``; ``name`` is forward or backward."""
-    cells, times = Cells(results), []
-    for n in (low, high):
-        cell = cells.cells.get(("length", "forward", "nystrom_ext", str(n)))
-        both = cells.cells.get(("length", "forward+backward", "nystrom_ext", str(n)))
-        if cell is None or both is None:
-            return None
-        case, backward = Case(**cell["case"]), name == "backward"
-        flops = case.flops(True) - case.flops(False) if backward else case.flops(False)
-        times.append((flops, both["median"] - cell["median"] if backward else cell["median"]))
-    (less, short), (more, long) = times
-    return (more - less) / (long - short) / 1e9 if long > short else None
+def _peak(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Percent of peak in the key and the query pass."""
+    measured = {record["case"]["n"]: record for record in results["stages"]}
+    for direction, limit in (("forward", 65.0), ("backward", 55.0)):
+        for n in measured or (4096,):
+            rate = stages.rate(measured[n], stages.DIRECTIONS[direction]) if measured else None
+            percent = rate and 100 * rate / results["peaks"]["gflops"]
+            yield bar(f"percent of peak in the {direction} passes, n = {n}", percent, limit)
 
 
 def _growth(cells: Cells) -> float | None:

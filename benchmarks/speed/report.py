@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import stages
 from .cases import PASSES, Case
 
 OURS = "nystrom_ext"
@@ -22,6 +23,9 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"\n{name}, {pass_name}: {shape(cells)}", style="italic")
         console.print(_times(cells, results["peaks"]["gflops"]))
     console.print("median ms ± half the interquartile range; below, multiples of the first line's time", style="dim")
+    for record in results["stages"]:
+        console.print(f"\nstages of nystrom_ext, n={record['case']['n']}", style="italic")
+        console.print(_stages(record, results["peaks"]["gflops"]))
     if results["memory"]:
         console.print("\npeak memory in MiB beyond inputs, result and gradients", style="italic")
         console.print(_memory(results["memory"]))
@@ -95,6 +99,17 @@ def _rate(cells: list[dict[str, Any]], column: str, peak: float) -> str:
 def rate(cell: dict[str, Any]) -> float:
     """GFLOP/s, counting the products that the method needs."""
     return Case(**cell["case"]).flops(PASSES[cell["pass"]]) / cell["median"] / 1e9
+
+
+def _stages(record: dict[str, Any], peak: float) -> Table:
+    table = Table()
+    for name in ("stage", "median ms", "best, GFLOP/s", "of peak"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, seconds in record["stages"].items():
+        flops = stages.rate(record, (name,)) if name in stages.PASSES else None
+        shown = (f"{flops:.0f}", f"{flops / peak:.0%}") if flops else ("", "")
+        table.add_row(name, f"{seconds['median'] * 1e3:.2f}", *shown)
+    return table
 
 
 def _memory(records: list[dict[str, Any]]) -> Table:
