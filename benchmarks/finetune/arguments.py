@@ -44,10 +44,10 @@ PRETRAINED_TASKS = {"imdb": {"max_length": 512, "batch_size": 16, "epochs": 1}}
 POSITIVE = (
     "num_landmarks", "max_length", "max_positions", "epochs", "max_steps", "batch_size", "eval_batch_size",
     "learning_rate", "d_model", "layers", "heads", "feedforward", "vocab_size", "threads", "checkpoint_every",
-    "max_train", "max_test", "conv_kernel_size", "linformer_k", "performer_features", "reformer_hashes",
+    "max_train", "max_test", "linformer_k", "performer_features", "reformer_hashes",
     "gradient_accumulation_steps", "eval_steps",
 )  # fmt: skip
-NOT_NEGATIVE = ("window", "pinned", "weight_decay", "warmup_steps")
+NOT_NEGATIVE = ("conv_kernel_size", "window", "pinned", "weight_decay", "warmup_steps")
 # What may differ between an interrupted run and the run that resumes it.
 FREE = (
     "data_dir", "output_dir", "resume", "checkpoint_every", "eval_batch_size", "write_data", "report_to", "dry_run",
@@ -202,7 +202,7 @@ def _check(args: argparse.Namespace, given: dict[str, Any]) -> None:
         value = getattr(args, name)
         if name in POSITIVE and value is not None and not value > 0:
             raise UsageError(f"{_flag(name)} must be greater than 0, got {value}; leave it out for the default")
-        if name in NOT_NEGATIVE and not value >= 0:
+        if name in NOT_NEGATIVE and value is not None and not value >= 0:
             raise UsageError(f"{_flag(name)} must not be negative, got {value}; leave it out for the default")
     scratch = args.model == "scratch"
     for name in PRETRAINED_ONLY if scratch else SCRATCH_ONLY:

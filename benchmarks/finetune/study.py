@@ -28,10 +28,14 @@ SETTINGS = {
     "m32-w16-p1": "--attention nystrom --num-landmarks 32 --window 16 --pinned 1",
 }
 PUBLISHED = tuple(SETTINGS)
-RATES = ("2e-5", "5e-5", "1e-4")
+RATES = ("2e-5", "1e-4", "3e-4")
+GUIDE = (*(f"{arm}-{rate}" for arm in ("softmax", "m32") for rate in RATES), "m32-late", "m32-cold", "m32-warm")
 SETTINGS |= {
     "rivals": "--attention linformer performer reformer",
-    "m32-late": SETTINGS["m32"] + " --include '*.layer.[345].*'",
+    "m64-no-convolution": SETTINGS["m64"] + " --conv-kernel-size 0",
+    "m32-late": SETTINGS["m32"] + " --learning-rate 1e-4 --include '*.layer.[345].*'",
+    "m32-cold": SETTINGS["m32"] + " --learning-rate 1e-4 --warmup-steps 0",
+    "m32-warm": SETTINGS["m32"] + " --learning-rate 1e-4 --warmup-steps 0.3",
     **{f"{arm}-{rate}": f"{SETTINGS[arm]} --learning-rate {rate}" for arm in ("softmax", "m32") for rate in RATES},
 }
 
@@ -46,6 +50,14 @@ class Experiment:
 
 FROM_SCRATCH = ("softmax", "m64", "m64-w16-p1", "rivals")
 PRETRAINED = "--model minilm --learning-rate 1e-4 --bf16"
+IMDB_256 = (
+    "--task imdb --data-dir {imdb} --model minilm --bf16 --attention-dropout 0 --max-length 256 --max-train 1000 "
+    "--max-test 1000 --batch-size 8"
+)
+TEXT = (
+    "--task lra-text --data-dir {imdb} --max-length 1024 --max-train 8000 --max-test 1000 --max-steps 300 "
+    "--batch-size 16 --learning-rate 1e-3 --dropout 0 --eval-steps 150"
+)
 EXPERIMENTS = {
     "mrpc": Experiment(f"--task mrpc --data-dir {{glue}} {PRETRAINED} --epochs 2 --batch-size 16"),
     "sst2": Experiment(f"--task sst2 --data-dir {{glue}} {PRETRAINED} --max-train 4000 --epochs 1 --batch-size 16"),
@@ -62,25 +74,14 @@ EXPERIMENTS = {
         "--learning-rate 1e-3 --dropout 0 --eval-steps 250",
         FROM_SCRATCH,
     ),
-    "text": Experiment(
-        "--task lra-text --data-dir {imdb} --max-length 1024 --max-train 8000 --max-test 1000 "
-        "--max-steps 300 --batch-size 16 --learning-rate 1e-3 --dropout 0 --eval-steps 150",
-        FROM_SCRATCH,
-    ),
+    "text": Experiment(TEXT, (*FROM_SCRATCH, "m64-no-convolution")),
     "synthetic": Experiment(
         "--task synthetic --max-length 2048 --max-train 2000 --max-test 400 --max-steps 400 "
         "--batch-size 8 --learning-rate 3e-3 --eval-steps 100",
         FROM_SCRATCH,
     ),
-    # For the guide: which layers first, how far the learning rate reaches, what a swap costs without training.
-    "layers": Experiment(
-        f"--task imdb --data-dir {{imdb}} {PRETRAINED} --max-length 512 --max-train 1000 --max-test 500 --batch-size 8",
-        ("softmax", "m32", "m32-late"),
-    ),
-    "rates": Experiment(
-        "--task imdb --data-dir {imdb} --model minilm --max-length 512 --max-train 1000 --max-test 500 --batch-size 8",
-        tuple(f"{arm}-{rate}" for arm in ("softmax", "m32") for rate in RATES),
-    ),
+    # For the guide: the learning rate, warm-up and the first layers after a swap.
+    "guide": Experiment(IMDB_256, GUIDE),
 }
 
 

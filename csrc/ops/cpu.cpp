@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,9 +19,18 @@ namespace {
 using cpu::kernels;
 using cpu::Partials;
 
+// A thread that is free takes half of an equal share of what is left: tasks differ, those of padding are empty, and so
+// do processors. What a task computes does not depend on who runs it.
 template <class F>
 void parallel(int64_t tasks, const F& run) {
-  at::parallel_for(0, tasks, 1, run);
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next; begin < tasks; begin = next) {
+      const int64_t end = begin + divide_up(tasks - begin, 2 * threads);
+      if (next.compare_exchange_weak(begin, end)) run(begin, end);
+    }
+  });
 }
 
 at::Tensor buffer(const Problem& p, int64_t elements) {
