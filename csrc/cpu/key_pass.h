@@ -124,7 +124,7 @@ void key_pass_merge(const Forward& f, const Partials& partials, int64_t begin, i
 
 template <class A>
 struct KeyPassBackwardScratch {
-  A *qt, *dut, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta;
+  A *qt, *dut, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta, *share;
   A *taps, *window, *dtaps;
   WindowScratch<A> near;
   KeyPassBackwardScratch() = default;
@@ -140,6 +140,7 @@ struct KeyPassBackwardScratch {
     dvalue = arena.take<A>(kBlock * e);
     lse = arena.take<A>(m);
     delta = arena.take<A>(m);
+    share = arena.take<A>(d);
     taps = arena.take<A>(p.taps);
     window = arena.take<A>(p.taps ? (kBlock + p.taps) * e : 0);
     dtaps = arena.take<A>(p.taps * Simd<A>::width);
@@ -173,18 +174,23 @@ void key_pass_probabilities(const Backward& g, const Head& s, const Dropout& dro
 // Each key gets its share of its landmark's gradient, dKt_j / |segment j|. In the exact regime segments hold one key,
 // and dW_j is the value's own gradient. A pinned token has a row to itself.
 template <class A>
-void add_landmark_gradients(const Backward& g, const Head& s, int64_t first, int64_t n, A* dkey, A* dvalue) {
+void add_landmark_gradients(const Backward& g, const Head& s, int64_t first, int64_t n,
+                            const KeyPassBackwardScratch<A>& scratch) {
   const int64_t d = g.head_width(), e = g.value_width();
   const A* dkt = slice<A>(g.dkt, s.n, g.columns(), d);
   const A* dw = slice<A>(g.dw, s.n, g.columns(), e);
-  int64_t j = 0;
+  int64_t j = 0, shared = -1;  // the row whose share is at hand: a division costs more than the sum
   for (int64_t i = 0; i < n; ++i) {
     const bool pinned = first + i < s.pinned;
     while (!pinned && s.key_end(j) <= first + i) ++j;
     const int64_t row = pinned ? s.key_rows + first + i : j;
-    const A size = A(pinned ? 1 : s.key_end(j) - s.key_begin(j));
-    for (int64_t x = 0; x < d; ++x) dkey[i * d + x] += dkt[row * d + x] / size;
-    if (pinned || s.regime == Regime::exact_keys) add(dvalue + i * e, dw + row * e, e);
+    if (row != shared) {
+      const A size = A(pinned ? 1 : s.key_end(j) - s.key_begin(j));
+      for (int64_t x = 0; x < d; ++x) scratch.share[x] = dkt[row * d + x] / size;
+      shared = row;
+    }
+    add(scratch.dkey + i * d, scratch.share, d);
+    if (pinned || s.regime == Regime::exact_keys) add(scratch.dvalue + i * e, dw + row * e, e);
   }
 }
 

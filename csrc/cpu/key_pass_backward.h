@@ -24,7 +24,7 @@ void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t
     gemm<true>(s.query_rows, d, left, ds, m, k.data, k.ld, dqt, d, A(1), true);
   }
   if (s.regime == Regime::nystrom || s.regime == Regime::exact_keys) {
-    add_landmark_gradients(g, s, first, n, scratch.dkey, scratch.dvalue);
+    add_landmark_gradients(g, s, first, n, scratch);
   }
 }
 

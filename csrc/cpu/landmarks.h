@@ -24,8 +24,7 @@ void segment_mean(const Rows<T>& x, int64_t begin, int64_t end, Acc<T>* mean, co
   for (int64_t first = begin; first < end; first += kMeanBlock) {
     const int64_t count = end - first < kMeanBlock ? end - first : kMeanBlock;
     const Tile<A> tile = x.read(first, count, scratch.rows);
-    fill(scratch.partial, width, A(0));
-    for (int64_t i = 0; i < count; ++i) add(scratch.partial, tile.data + i * tile.ld, width);
+    sum_rows(tile.data, count, tile.ld, scratch.partial, width);
     add(mean, scratch.partial, width);
   }
   const A size = A(end > begin ? end - begin : 1);  // an empty segment: zeros
@@ -67,12 +66,15 @@ void landmarks_backward(const Backward& g, int64_t begin, int64_t end) {
     const int64_t j = task % segments;
     if (j >= s.query_rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
     const A* dqt = slice<A>(g.dqt, s.n, segments, width) + j * width;
-    const A size = A(s.query_offsets[j + 1] - s.query_offsets[j]);
-    const Rows<T> dq = query_rows<T>(g.dquery, s, g.head_dim);
-    for (int64_t i = s.query_offsets[j]; i < s.query_offsets[j + 1]; ++i) {
-      dq.read(dq.position(i), scratch->rows);
-      for (int64_t x = 0; x < width; ++x) scratch->rows[x] += dqt[x] / size;
-      dq.write(dq.position(i), scratch->rows);
+    const int64_t begin = s.query_offsets[j], end = s.query_offsets[j + 1];
+    for (int64_t x = 0; x < width; ++x) scratch->partial[x] = dqt[x] / A(end - begin);
+    const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
+    for (int64_t first = begin; first < end; first += kMeanBlock) {
+      const int64_t count = end - first < kMeanBlock ? end - first : kMeanBlock;
+      const Place<A> dq = dquery.place(first, count, scratch->rows);
+      dquery.read(first, count, scratch->rows);
+      for (int64_t i = 0; i < count; ++i) add(dq.data + i * dq.ld, scratch->partial, width);
+      dquery.write(first, count, dq);
     }
   }
 }

@@ -16,6 +16,26 @@ void add(A* to, const A* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
+// to (width) = the sum of `rows` rows, in order; sums stay in registers, of C vectors at a time.
+template <int C, class A>
+inline void sum_rows_of(const A* x, int64_t rows, int64_t ld, A* to) {
+  constexpr int W = Simd<A>::width;
+  Vec<A> total[C] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) total[j] += load(x + i * ld + j * W);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) store(to + j * W, total[j]);
+}
+template <class A>
+void sum_rows(const A* x, int64_t rows, int64_t ld, A* to, int64_t width) {
+  constexpr int W = Simd<A>::width;
+  int64_t j = 0;
+  for (; j + 4 * W <= width; j += 4 * W) sum_rows_of<4>(x + j, rows, ld, to + j);
+  for (; j < width; j += W) sum_rows_of<1>(x + j, rows, ld, to + j);
+}
+
 // to (columns, ld_to) = alpha from^T, with zeros beyond `rows`: squares of one vector a side, and the columns left
 // over.
 template <class A>

@@ -28,12 +28,13 @@ at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, boo
   return zero ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
-// glibc takes blocks of 32 MiB and more fresh from the system every time. Touching them first is a third of a call in
-// pages of 4 KiB, and far less in huge ones. Where the system refuses, pages stay small.
+// Memory fresh from the system, as glibc's blocks of 32 MiB and more always are and smaller ones may be, is touched
+// here first: up to a third of a call in pages of 4 KiB, far less in huge ones. Where the system refuses, pages stay
+// small.
 void advise_huge_pages([[maybe_unused]] const at::Tensor& x) {
 #ifdef MADV_HUGEPAGE
-  constexpr size_t kFresh = size_t(1) << 25;
-  if (!x.is_cpu() || x.nbytes() < kFresh) return;
+  constexpr size_t kWorthwhile = size_t(1) << 22;  // two huge pages: one of them whole
+  if (!x.is_cpu() || x.nbytes() < kWorthwhile) return;
   const auto page = int64_t(::sysconf(_SC_PAGESIZE)), address = reinterpret_cast<int64_t>(x.data_ptr());
   const int64_t begin = round_up(address, page), end = (address + int64_t(x.nbytes())) / page * page;
   ::madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
