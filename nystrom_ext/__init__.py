@@ -6,6 +6,7 @@ from .convert import Report, convert_, nystrom, revert_
 from .diagnosis import Diagnosis, diagnose
 from .functional import nystrom_attention, nystrom_attention_weights
 from .modules import NystromMultiheadAttention
+from .varlen import nystrom_attention_varlen
 
 __all__ = [
     "Diagnosis",
@@ -18,6 +19,7 @@ __all__ = [
     "diagnose",
     "nystrom",
     "nystrom_attention",
+    "nystrom_attention_varlen",
     "nystrom_attention_weights",
     "revert_",
 ]
