@@ -85,26 +85,43 @@ inline A max(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return maximum(a, b); });
 }
 
-// The transpose of the square whose rows are r: log2(width) perfect shuffles.
+// Of each pair of rows whose numbers differ in `bit`: first the lanes `low` of the two, then the lanes `high`.
+template <class A>
+inline void shuffle_rows(Vec<A>* r, int bit, typename Simd<A>::ivec low, typename Simd<A>::ivec high) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Simd<A>::width; ++i) {
+    if (i & bit) continue;
+    const Vec<A> a = r[i], b = r[i | bit];
+    r[i] = shuffle<A>(a, b, low);
+    r[i | bit] = shuffle<A>(a, b, high);
+  }
+}
+
+// The transpose of the square whose rows are r: each step trades a bit of the row's number for one of the column's.
+// Steps stay within 16 bytes or move these as a whole; shuffles that do neither are slower.
 template <class A>
 inline void transpose_square(Vec<A>* r) {
-  constexpr int W = Simd<A>::width;
-  typename Simd<A>::ivec low, high;
+  constexpr int W = Simd<A>::width, L = 16 / sizeof(A);
+  typename Simd<A>::ivec low;
+  if constexpr (L == 4) {
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    low[i] = i / 2 + i % 2 * W;
-    high[i] = low[i] + W / 2;
+    for (int i = 0; i < W; ++i) low[i] = i / L * L + i % L / 2 + i % 2 * W;
+    shuffle_rows<A>(r, 1, low, low + 2);
   }
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    Vec<A> mixed[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      mixed[2 * i] = shuffle<A>(r[i], r[i + W / 2], low);
-      mixed[2 * i + 1] = shuffle<A>(r[i], r[i + W / 2], high);
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) r[i] = mixed[i];
+  for (int i = 0; i < W; ++i) low[i] = i / L * L + i % (L / 2) + i % L / (L / 2) * W;
+  shuffle_rows<A>(r, L / 2, low, low + L / 2);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) low[i] = i / L * 2 * L + i % L;
+#pragma GCC unroll 2
+  for (int bit = L; bit < W; bit *= 2) shuffle_rows<A>(r, bit, low, low + L);
+  if constexpr (L == 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += L) {  // the first step has traded the bits crosswise
+      const Vec<A> row = r[i + 1];
+      r[i + 1] = r[i + 2];
+      r[i + 2] = row;
+    }
   }
 }
 

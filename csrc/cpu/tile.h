@@ -46,7 +46,10 @@ void transpose(const A* from, int64_t rows, int64_t columns, int64_t ld_from, A*
     for (int64_t j = 0; j < ld_to; j += W) {
       Vec<A> square[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) square[i] = j + i < rows ? alpha * load(from + (j + i) * ld_from + x) : Vec<A>{};
+      for (int i = 0; i < W; ++i) {
+        __builtin_prefetch(from + (j + i + kBlock) * ld_from + x);
+        square[i] = j + i < rows ? alpha * load(from + (j + i) * ld_from + x) : Vec<A>{};
+      }
       transpose_square<A>(square);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store(to + (x + i) * ld_to + j, square[i]);

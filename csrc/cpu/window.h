@@ -203,14 +203,16 @@ template <class A>
 void sum_landmark_columns(const Head& s, int64_t first, int64_t n, const A* ds, int64_t ld, A* dmissed) {
   constexpr int W = Simd<A>::width;
   int64_t segment = s.segment(first);
-  for (int64_t i = 0; i < n; ++i) {
-    while (s.query_offsets[segment + 1] <= first + i) ++segment;
-    const A* row = ds + i * ld;
+  for (int64_t i = 0; i < n; ++segment) {
+    const int64_t end = s.query_offsets[segment + 1] - first;
     Vec<A> total = {};
-    int64_t j = 0;
-    for (; j + W <= s.key_rows; j += W) total += load(row + j);
     A rest = 0;
-    for (; j < s.key_rows; ++j) rest += row[j];
+    for (; i < n && i < end; ++i) {
+      const A* row = ds + i * ld;
+      int64_t j = 0;
+      for (; j + W <= s.key_rows; j += W) total += load(row + j);
+      for (; j < s.key_rows; ++j) rest += row[j];
+    }
     dmissed[segment] += sum<A>(total) + rest;
   }
 }
