@@ -43,7 +43,7 @@ void window_block(const Forward& f, const Head& s, const Dropout& dropout, int64
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window), e = f.value_width();
   const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
   const Around<A> near = read_keys_around<T>(f, s, first, n, scratch.near);
-  window_scores(f, s, first, n, q, near.key, scratch.kt, scratch.near, scratch.scores);
+  window_scores(f, s, first, n, q, near, scratch.kt, scratch.near, scratch.scores);
   softmax_rows(scratch.scores, n, ld, ld);
   if (dropout.on()) drop_window_rows(dropout, s, first, n, scratch.scores);
   gemm<false>(n, e, s.columns(), scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), e), e, out.data, out.ld);
@@ -165,7 +165,7 @@ void window_block_backward(const Backward& g, const Head& s, const Dropout& drop
   const Tile<A> dout = query_rows<T>(g.out, s, g.value_dim).read(first, n, scratch.dout);
   const Around<A> near = read_keys_around<T>(g, s, first, n, scratch.near);
   A *p = scratch.scores, *ds = scratch.dscores;
-  window_scores(g, s, first, n, q, near.key, scratch.kt, scratch.near, p);
+  window_scores(g, s, first, n, q, near, scratch.kt, scratch.near, p);
   A *lse = scratch.near.lse, *delta = scratch.near.delta;
   softmax_rows<true>(p, n, ld, ld, lse);
   gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, ld);

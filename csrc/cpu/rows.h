@@ -63,6 +63,12 @@ struct Place {
   int64_t ld;
 };
 
+// Asks for a row that is needed soon and not yet in the caches.
+template <class T>
+inline void prefetch_row(const T* row, int64_t columns) {
+  for (int64_t x = 0; x < columns; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + x);
+}
+
 template <class T>
 struct Rows {
   using A = Acc<T>;
@@ -105,8 +111,7 @@ struct Rows {
     const Place<A> at = place(first, count, scratch);
     if (at.data != scratch) return {at.data, at.ld};
     for (int64_t i = 0; i < count; ++i) {
-      const T* next = data + (position(first + i) + count) * token;  // about where the next tile's rows lie
-      for (int64_t x = 0; feature == 1 && x < columns; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + x);
+      if (feature == 1) prefetch_row(data + (position(first + i) + count) * token, columns);  // about the next tile's
       read(position(first + i), scratch + i * at.ld);
     }
     return {scratch, at.ld};

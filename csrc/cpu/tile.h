@@ -47,7 +47,7 @@ void transpose(const A* from, int64_t rows, int64_t columns, int64_t ld_from, A*
       Vec<A> square[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
-        __builtin_prefetch(from + (j + i + kBlock) * ld_from + x);
+        __builtin_prefetch(from + (j + i + kBlock) * ld_from + x);  // for the next block of tokens
         square[i] = j + i < rows ? alpha * load(from + (j + i) * ld_from + x) : Vec<A>{};
       }
       transpose_square<A>(square);

@@ -178,16 +178,20 @@ void mask_band(const Head& s, int64_t start, int64_t rows, const A* pattern, A* 
 
 // Logits of one block, (n, padded(columns) + band_width): landmarks, pinned tokens, window. kt: s Kt^T.
 template <class A>
-void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Tile<A> q, Tile<A> near_key, const A* kt,
-                   const WindowScratch<A>& scratch, A* scores) {
+void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Tile<A> q, const Around<A>& near,
+                   const A* kt, const WindowScratch<A>& scratch, A* scores) {
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window);
   LandmarkBias<A> bias(s, slice<A>(f.missed, s.n, f.queries.landmarks), scratch, first);
-  for (int64_t i = 0; i < n; ++i) bias.write(first + i, scores + i * ld);
+  for (int64_t i = 0; i < n; ++i) {
+    // The next block's values; its keys are asked for by `transpose`.
+    if (s.window > 0) prefetch_row(near.value.data + (i + kBlock + 2 * s.window) * near.value.ld, f.value_dim);
+    bias.write(first + i, scores + i * ld);
+  }
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     mask_band(s, first + row, rows, scratch.pattern, scores + row * ld + m, ld);
   });
   gemm<false>(n, m, f.head_dim, q.data, q.ld, kt, m, scores, ld, A(1), true);
-  window_products(s, n, f.head_dim, q, near_key, A(f.scale), scratch, scores + m, ld, true);
+  window_products(s, n, f.head_dim, q, near.key, A(f.scale), scratch, scores + m, ld, true);
 }
 
 // What the key pass needs of the block's queries: LSE1, delta1.
