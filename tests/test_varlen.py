@@ -21,12 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def offsets(lengths: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+def offsets(lengths: tuple[int, ...], dtype: torch.dtype = torch.int32, device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, dtype)
 
 
-def packed(lengths: tuple[int, ...], heads: int, dtype: torch.dtype, d: int = 16) -> Tensor:
-    return torch.randn(sum(lengths), heads, d).to(dtype).requires_grad_()
+def packed(lengths: tuple[int, ...], heads: int, dtype: torch.dtype, device: str = "cpu", d: int = 16) -> Tensor:
+    return torch.randn(sum(lengths), heads, d).to(device, dtype).requires_grad_()
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], **options: Any):
@@ -42,11 +42,12 @@ def same_bits(actual: list[Tensor], expected: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_self_attention(name: str, dtype: torch.dtype) -> None:
+def test_packed_self_attention(name: str, dtype: torch.dtype, device: str) -> None:
     options = {"num_landmarks": 8, **OPTIONS[name]}
     kv_heads = 2 if name == "grouped" else 4
-    x = [packed(LENGTHS, heads, dtype) for heads in (4, kv_heads, kv_heads)]
-    cu, longest, direction = offsets(LENGTHS), max(LENGTHS), torch.randn(sum(LENGTHS), 4, 16).to(dtype)
+    x = [packed(LENGTHS, heads, dtype, device) for heads in (4, kv_heads, kv_heads)]
+    cu, longest = offsets(LENGTHS, device=device), max(LENGTHS)
+    direction = torch.randn(sum(LENGTHS), 4, 16).to(device, dtype)
     out = nystrom_attention_varlen(*x, cu, cu, longest, longest, **options)
     expected = one_by_one(*x, LENGTHS, LENGTHS, **options)
     assert torch.equal(out, expected)

@@ -15,6 +15,10 @@ using nystrom_ext::kRowAlign;
 // Register tile: rows x vectors of C. 12 of 16 vector registers, 28 of 32 with AVX-512.
 constexpr int kTileRows = NYSTROM_VECTOR_BYTES == 64 ? 14 : 6;
 constexpr int kTileVectors = 2;
+// Where a width is an odd number of vectors, three of them are taken at once beside half as many rows: 24 of 32
+// registers.
+template <int C>
+constexpr int kRows = C > kTileVectors ? kTileRows / 2 : kTileRows;
 // Rows of queries or keys that a pass works on at a time: a multiple of kTileRows whose tiles stay in L2.
 constexpr int64_t kBlock = NYSTROM_VECTOR_BYTES == 64 ? 98 : 96;
 constexpr int64_t kDepth = 256;  // k per packed panel: 32 KB of float in L1 with AVX-512
@@ -41,18 +45,18 @@ inline void micro(int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A
   for (int64_t k = 0; k < K; ++k) {
     look_ahead<A, R, C, Transposed>(k, a, lda, b, ldb, c, ldc);
     Vec<A> row[C];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < C; ++j) row[j] = load(b + k * ldb + j * W);
 #pragma GCC unroll 14
     for (int i = 0; i < R; ++i) {
       const A x = Transposed ? a[k * lda + i] : a[i * lda + k];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int j = 0; j < C; ++j) acc[i][j] += x * row[j];
     }
   }
 #pragma GCC unroll 14
   for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int j = 0; j < C; ++j) {
       A* p = c + i * ldc + j * W;
       store(p, add ? load(p) + alpha * acc[i][j] : alpha * acc[i][j]);
@@ -72,12 +76,12 @@ template <class A, int C, bool Transposed>
 inline void panel(int64_t M, int64_t K, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, A alpha,
                   bool add) {
   int64_t i = 0;
-  for (; i + kTileRows <= M; i += kTileRows) {
-    micro<A, kTileRows, C, Transposed>(K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha, add);
+  for (; i + kRows<C> <= M; i += kRows<C>) {
+    micro<A, kRows<C>, C, Transposed>(K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha, add);
   }
   if (i < M) {
-    tail<A, kTileRows, C, Transposed>(M - i, K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha,
-                                      add);
+    tail<A, kRows<C>, C, Transposed>(M - i, K, a + (Transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, alpha,
+                                     add);
   }
 }
 
@@ -93,7 +97,7 @@ inline void column(int64_t M, int64_t K, const A* a, int64_t lda, const A* b, in
   do {
     const int64_t depth = K - k0 < kDepth ? K - k0 : kDepth;
     for (int64_t k = 0; pack && k < depth; ++k) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int j = 0; j < C; ++j) store(copy + (k * C + j) * W, load(b + (k0 + k) * ldb + j * W));
     }
     panel<A, C, Transposed>(M, depth, a + (Transposed ? k0 * lda : k0), lda, pack ? copy : b + k0 * ldb,
@@ -108,6 +112,12 @@ void gemm(int64_t M, int64_t N, int64_t K, const A* a, int64_t lda, const A* b, 
           A alpha = A(1), bool add = false) {
   constexpr int W = Simd<A>::width;
   int64_t j = 0;
+  if constexpr (W == kRowAlign) {  // AVX-512, float: elsewhere the number is even
+    if (N / W % 2 == 1 && N >= 3 * W) {
+      column<A, 3, Transposed>(M, K, a, lda, b, ldb, c, ldc, alpha, add);
+      j = 3 * W;
+    }
+  }
   for (; j + kTileVectors * W <= N; j += kTileVectors * W) {
     column<A, kTileVectors, Transposed>(M, K, a, lda, b + j, ldb, c + j, ldc, alpha, add);
   }

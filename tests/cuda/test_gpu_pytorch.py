@@ -10,6 +10,7 @@ import pytest
 import torch
 from problems import DTYPES, Problem, padding_mask, run
 from test_registration import Layer, test_opcheck_internal, test_opcheck_public  # noqa: F401  (collected here too)
+from test_varlen import test_packed_self_attention  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
