@@ -117,4 +117,5 @@ def write(args: argparse.Namespace, results: dict[str, Any]) -> list[Path]:
 
 
 if __name__ == "__main__":
+    machine.keep_memory()
     sys.exit(main())

@@ -22,9 +22,6 @@ NAMES = (
     "query_pass_backward", "core_backward", "key_pass_backward", "landmarks_backward",
 )  # fmt: skip
 ENOUGH = 4096  # tokens
-# Once a block of this size was freed, glibc keeps what is freed for the next call. The faults of fresh memory depend on
-# what was allocated before, and are left to the times of whole calls.
-REUSED = 2**25 - 2**16
 
 
 def records(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -32,7 +29,6 @@ def records(args: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = [n for n in args.lengths if ENOUGH <= n <= 16 * ENOUGH]
     if torch.device(args.device).type != "cpu":
         return []
-    torch.empty(REUSED, dtype=torch.uint8).fill_(0)
     return [
         record(Case(args.batch, args.heads, n, args.head_dim, args.num_landmarks, args.dtype), args) for n in lengths
     ]
