@@ -29,7 +29,8 @@ def keep_memory() -> None:
     """From now on memory that a run frees is kept for the next one, whoever's it is; where malloc is glibc's.
 
     Otherwise large blocks come fresh from the system every time, and what that takes is the system's matter: on a
-    virtual machine from nothing to half of a call, by the moment. A method of many blocks gains more by this than one of few.
+    virtual machine from nothing to half of a call, by the moment. A method of many blocks gains more by this than one
+    of few.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     try:
