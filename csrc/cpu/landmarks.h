@@ -66,11 +66,11 @@ void landmarks_backward(const Backward& g, int64_t begin, int64_t end) {
     const int64_t j = task % segments;
     if (j >= s.query_rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
     const A* dqt = slice<A>(g.dqt, s.n, segments, width) + j * width;
-    const int64_t begin = s.query_offsets[j], end = s.query_offsets[j + 1];
-    for (int64_t x = 0; x < width; ++x) scratch->partial[x] = dqt[x] / A(end - begin);
+    const int64_t from = s.query_offsets[j], to = s.query_offsets[j + 1];
+    for (int64_t x = 0; x < width; ++x) scratch->partial[x] = dqt[x] / A(to - from);
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
-    for (int64_t first = begin; first < end; first += kMeanBlock) {
-      const int64_t count = end - first < kMeanBlock ? end - first : kMeanBlock;
+    for (int64_t first = from; first < to; first += kMeanBlock) {
+      const int64_t count = to - first < kMeanBlock ? to - first : kMeanBlock;
       const Place<A> dq = dquery.place(first, count, scratch->rows);
       dquery.read(first, count, scratch->rows);
       for (int64_t i = 0; i < count; ++i) add(dq.data + i * dq.ld, scratch->partial, width);
