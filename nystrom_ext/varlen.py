@@ -40,7 +40,7 @@ def nystrom_attention_varlen(
 
     Raises:
         ValueError: tensors or options that do not fit.
-        RuntimeError: on a GPU, offsets that do not fit the tokens.
+        RuntimeError: on a GPU or compiled, offsets that do not fit the tokens.
     """
     if masks := {"key_padding_mask", "query_padding_mask"} & options.keys():
         raise ValueError(f"nystrom_attention_varlen has no padding, got {', '.join(sorted(masks))}; leave it out")

@@ -54,7 +54,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
         *_memory(results),
         bar("n = 1,000,000 runs forward+backward", _million(cells), True),
-        bar("1 thread / 2 threads", cells.ratio("threads", "forward", "1 thread", "2 threads", "H=8"), 1.8),
+        *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in ("H=1", "H=8")),
         bar("thread count and batch mates change no bit", same, True),
         bar("half padding / none, forward", _padding(cells), 0.6, at_most=True),
     ]
@@ -119,6 +119,10 @@ def _memory(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _million(cells: Cells) -> bool | None:
     return True if cells.median("million", "forward+backward", "nystrom_ext", "1,000,000") else None
+
+
+def _threads(cells: Cells, heads: str) -> float | None:
+    return cells.ratio("threads", "forward", "1 thread", "2 threads", heads)
 
 
 def _padding(cells: Cells) -> float | None:
