@@ -5,6 +5,7 @@ With NYSTROM_SIMT=<library of tests/simt/kernels.py> the operator's CPU tensors 
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,22 @@ def process_group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of every call of the operator by compat.attention."""
+    from nystrom_ext import nystrom_attention
+    from nystrom_ext.compat import presets
+
+    calls: list[dict[str, Any]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs)
+        return nystrom_attention(*args, **kwargs)
+
+    monkeypatch.setattr(presets, "nystrom_attention", spy)
+    return calls
 
 
 @pytest.fixture(scope="session", autouse=EMULATED is not None)

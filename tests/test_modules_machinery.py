@@ -1,0 +1,96 @@
+"""NystromMultiheadAttention with copies, hooks, autocast and compilation."""
+
+import copy
+import io
+
+import pytest
+import torch
+from module_problems import INF, E, L, M, N, f64, make, outcome, padding
+from torch.testing import assert_close
+
+from nystrom_ext import modules
+
+
+def test_copies():
+    m, x = make(conv_kernel_size=3), torch.randn(L, E, dtype=f64)
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(m), torch.load(buffer, weights_only=False)):
+        assert other._forward_pre_hooks == m._forward_pre_hooks and len(m._forward_pre_hooks) == 1
+        assert torch.equal(other(x, x, x)[0], m(x, x, x)[0])
+        assert other.in_proj_weight is not m.in_proj_weight
+
+
+@pytest.mark.parametrize("option", [{"window": 2}, {"pinned": 1}], ids=str)
+def test_window_is_for_self_attention(option):
+    m = make(batch_first=True, **option)
+    x = torch.randn(N, L, E, dtype=f64)
+    short = x[:, :M]
+    assert m(x, short, short, need_weights=False)[0].shape == x.shape  # exact, whatever the options
+    for key in (x.clone(), x[:, :-1]):
+        with pytest.raises(ValueError, match="need self-attention.*that is not the query.*window=0, pinned=0"):
+            m(x, key, key, need_weights=False)
+
+
+def test_hook_survives_hooks_of_a_new_process(monkeypatch):
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as in the process that loads a pickle
+    m = make()
+    m.register_forward_pre_hook(lambda module, args: None).remove()
+    assert modules.HOOK_KEY in m._forward_pre_hooks
+
+
+def test_repr():
+    text = repr(make(coefficient="global", conv_kernel_size=3))
+    assert (
+        "num_landmarks=6, pinv_iterations=6, coefficient='global', unsupported_mask='error', window=0, pinned=0" in text
+    )
+    assert "taps=3" in text
+
+
+@pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
+def test_weights_that_are_no_parameters(num_landmarks):
+    m, x = make(num_landmarks), torch.randn(L, N, E, dtype=f64)
+    expected = m(x, x, x, need_weights=False)[0]
+    delta = torch.zeros_like(m.in_proj_weight, requires_grad=True)
+    merged = m.in_proj_weight.detach() + delta
+    del m.in_proj_weight
+    m.in_proj_weight = merged
+    out = m(x, x, x, need_weights=False)[0]
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    assert delta.grad.any()
+
+
+@pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
+def test_hooks_of_out_proj_run(num_landmarks):
+    m, x, calls = make(num_landmarks), torch.randn(L, N, E, dtype=f64), []
+    m.out_proj.register_forward_hook(lambda *args: calls.append(1))
+    m(x, x, x, need_weights=False)
+    assert calls
+
+
+@pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_autocast(num_landmarks, need_weights):
+    m, x, kpm = make(num_landmarks, conv_kernel_size=3).float(), torch.randn(L, N, E), padding(L, 20, 13, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = m(x, x, x, key_padding_mask=kpm, need_weights=need_weights)
+    assert out.dtype == torch.bfloat16
+    expected = m(x, x, x, key_padding_mask=kpm, need_weights=need_weights)[0]
+    assert_close(out.float(), expected, atol=0.1, rtol=0.1)
+    out.float().sum().backward()
+    assert m.in_proj_weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
+@pytest.mark.parametrize("mask", [None, torch.bool, f64])
+def test_compile(num_landmarks, mask):
+    m, x = make(num_landmarks, batch_first=True), torch.randn(N, L, E, dtype=f64)
+    kpm = padding(L, 20, 13, 9) if mask else None
+    kpm = torch.zeros(N, L, dtype=f64).masked_fill(kpm, -INF) if mask == f64 else kpm
+    torch.compiler.reset()
+    compiled = torch.compile(m, backend="eager", fullgraph=True)
+    options = {"key_padding_mask": kpm, "need_weights": False}
+    for inputs in ((x, x, x), (x.clone(), x, x)):
+        assert_close(outcome(compiled, inputs, **options), outcome(m, inputs, **options))
