@@ -49,13 +49,26 @@ def test_the_table_has_one_row_per_experiment_and_compares_seed_by_seed(
         results(tmp_path / f"b{seed}", seed, {"nystrom": ours}, num_landmarks=32)
     results(tmp_path / "c", 0, {"nystrom": 0.8}, num_landmarks=32, window=16, pinned=1)
     assert compare.main([str(tmp_path), "--output", str(tmp_path / "out" / "table")]) == 0
-    rows = [line.split(" | ")[5:9] for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [line.split(" | ")[6:10] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [
         ["softmax", "accuracy", "85.0 (80.0 to 90.0, 2 seeds)", ""],
         ["Nyström m=32", "accuracy", "83.5 (78.0 to 89.0, 2 seeds)", "-1.5"],
         ["Nyström m=32 w=16 p=1", "accuracy", "80.0", "+0.0"],
     ]
     assert (tmp_path / "out/table.md").exists() and (tmp_path / "out/table.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_runs_with_other_options_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, warmup, score in (("usual", 0.1, 0.8), ("cold", 0.0, 0.7)):
+        results(tmp_path / name, 0, {"nystrom": score}, warmup_steps=warmup)
+    results(tmp_path / "exact", 0, {"softmax": 0.9}, linformer_k=8)
+    assert compare.main([str(tmp_path), "--output", str(tmp_path / "table")]) == 0
+    rows = [line.split(" | ")[5:10] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        ["warmup_steps=0.0", "Nyström m=64", "accuracy", "70.0", ""],
+        ["warmup_steps=0.1", "softmax", "accuracy", "90.0", ""],
+        ["warmup_steps=0.1", "Nyström m=64", "accuracy", "80.0", "-10.0"],
+    ]
 
 
 def test_the_tables_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

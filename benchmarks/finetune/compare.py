@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
-from .arguments import Parser
+from .arguments import DEFAULTS, FREE, Parser
 from .checkpoint import write_atomically
 from .report import COLOURS, NAMES
 
-# What makes a run another experiment for every arm, and for the Nyström arm in addition.
-SETTING = ("task", "model", "max_length", "max_train", "max_test", "epochs", "max_steps", "batch_size", "learning_rate")
+# Every option makes a run another experiment but these: what decides nothing or belongs to one arm; and Nyström's own.
+NO_SETTING = (
+    *FREE, "seed", "attention", "threads", "device", "linformer_k", "performer_features", "reformer_hashes", "exclude",
+)  # fmt: skip
 NYSTROM = ("num_landmarks", "window", "pinned", "conv_kernel_size", "include")
+SAME_DATA = ("task", "model", "max_length")
 SYMBOLS = {"num_landmarks": "m", "window": "w", "pinned": "p", "conv_kernel_size": "taps", "include": "in"}
 DASHES = ("-", "--", ":", "-.")
 
@@ -83,8 +86,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def _add(rows: dict[str, Row], results: dict[str, Any]) -> None:
-    config = {"task": results["task"], **results["config"]}
-    setting = {name: config.get(name) for name in SETTING}
+    # An option that is younger than the run had its default.
+    config = DEFAULTS | {"task": results["task"]} | results["config"]
+    setting = {name: value for name, value in sorted(config.items()) if name not in (*NO_SETTING, *NYSTROM)}
     for arm, found in results["arms"].items():
         options = _options(config) if arm == "nystrom" else ""
         metric = next(iter(found["test"]))
@@ -109,16 +113,27 @@ def _options(config: dict[str, Any]) -> str:
     return " ".join(f"{name}={' '.join(x) if isinstance(x, list) else x}" for name, x in found.items() if x)
 
 
+def distinction(setting: dict[str, Any], rows: list[Row]) -> str:
+    """The options in which ``setting`` differs from others with the same data, for example ``learning_rate=0.0001``."""
+    others = [row.setting for row in rows if all(row.setting[name] == setting[name] for name in SAME_DATA)]
+    varying = [name for name in setting if any(other.get(name) != setting[name] for other in others)]
+    return " ".join(f"{name}={setting[name]}" for name in varying)
+
+
 def table(rows: list[Row]) -> str:
     """Markdown; the difference is to softmax in the same setting, over the seeds that both have."""
-    columns = "data,model,tokens,train / test,steps,attention,metric,score %,− softmax,s / step,memory".split(",")
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|"]
+    lines = [
+        "| data | model | tokens | train / test | steps | options | attention | metric "
+        "| score % | − softmax | s / step | memory |",
+        "|---|---|--:|--:|--:|---|---|---|--:|--:|--:|--:|",
+    ]
     for row in rows:
         exact = next((x for x in rows if x.setting == row.setting and x.arm == "softmax" and x is not row), None)
         memory = [x / 2**20 for x in row.memory if x]
         cells = [
             row.setting["task"], row.setting["model"] or "scratch", f"{row.setting['max_length']:,}",
-            f"{row.sizes['train']:,} / {row.sizes['test']:,}", f"{row.steps:,}", row.name, row.metric,
+            f"{row.sizes['train']:,} / {row.sizes['test']:,}", f"{row.steps:,}",
+            distinction(row.setting, rows), row.name, row.metric,
             _mean([100 * score for score in row.scores]), _difference(row, exact),
             f"{statistics.mean(row.seconds):.3f}", f"{statistics.mean(memory):.0f} MiB" if memory else "",
         ]  # fmt: skip
@@ -155,9 +170,8 @@ def draw(rows: list[Row]) -> Any:
             continue
         setting = settings[place]
         shown = sorted((row for row in rows if row.setting == setting), key=lambda row: row.arm != "softmax")
-        above.set_title(
-            f"{setting['task']}, {setting['model'] or 'scratch'}, {setting['max_length']} tokens", fontsize=10
-        )
+        title = f"{setting['task']}, {setting['model'] or 'scratch'}, {setting['max_length']} tokens"
+        above.set_title(f"{title}\n{distinction(setting, rows)}".strip(), fontsize=10)
         _scores(above, shown)
         _curves(below, shown)
     return figure
