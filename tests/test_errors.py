@@ -94,6 +94,11 @@ def test_internal_ops_check_too() -> None:
         backward(out[..., :3], X, X, X, None, None, None, None, *saved, *options)
     with pytest.raises(ValueError, match="saved tensors are not those"):
         backward(out, X, X, X, None, None, None, None, *(s[:, :, :2] for s in saved), *options)
+    wrong = [saved[0][..., :8], saved[0][:, :1], saved[0].double(), saved[0][0], saved[0].mT.contiguous().mT]
+    for i, tensor in [(0, tensor) for tensor in wrong] + [(3, saved[3][:1]), (5, saved[0])]:
+        with pytest.raises(ValueError, match="saved tensors are not those"):
+            changed = [tensor if i == j else s for j, s in enumerate(saved)]
+            backward(out, X, X, X, None, None, None, None, *changed, *options)
     with pytest.raises(ValueError, match="saved tensors are not those"):  # of a call without a window
         backward(out, X, X, X, None, None, None, None, *saved, *options[:-2], 3, 1)
 

@@ -3,6 +3,9 @@ and none hidden: what a valid token holds shows in the result."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import DTYPES, Problem, run
@@ -63,6 +66,52 @@ def test_large_logits(name: str, dtype: torch.dtype, size: float, device: str) -
     ours, exact = results(p, x, device)
     no_new_nan(ours, exact)
     assert all(t.isfinite().all() for t in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_finds_the_windows_scores_again(dtype: torch.dtype, device: str) -> None:
+    """With a scale that is no power of two and logits of 1e7, another order of rounding changes exponents by 1.
+    Every token attends to itself alone."""
+    p = Problem(B=1, H=1, L=300, m=16, d=24, options={"window": 8})
+    query, _, value = (t.detach() for t in p.tensors(torch.float64))
+    query = 7e3 * torch.nn.functional.normalize(query, dim=-1)
+    ours, exact = results(p, [t.to(dtype) for t in (query, 1.37 * query, value)], device)
+    torch.testing.assert_close(exact[3], torch.ones_like(exact[3]))
+    torch.testing.assert_close(ours[3], exact[3])
+
+
+@pytest.mark.parametrize("first", [50, 97, 98, 120, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, p in REGIMES.items() if p.keys >= 100 and p.m > 1])
+def test_keys_that_score_minus_infinity(name: str, dtype: torch.dtype, first: int, device: str) -> None:
+    """Have weight zero, also where they fill the first blocks or the first chunk of the keys."""
+    p = REGIMES[name]
+    keys = first + 80
+    p = replace(p, L=keys if p.S is None else p.L, S=p.S and keys, H=1)
+    query, key, value, *rest = scaled(p, dtype, 1, 1, 1)
+    key[:, :, :first] = -torch.inf
+    ours, exact = results(p, [query.abs() + 0.5, key, value, *rest], device)
+    assert exact[0].isfinite().all() and ours[0].isfinite().all()
+
+
+@pytest.mark.parametrize("m", [2**31, 2**32 + 3, 2**59, 2**60, sys.maxsize], ids=str)
+def test_more_landmarks_than_any_sequence_has_tokens(m: int, device: str) -> None:
+    """The way to say "exact, whatever the length"."""
+    p = Problem(B=2, L=150, mask="tail", m=150)
+    x, grad = [t.detach().to(device).requires_grad_() for t in p.tensors(torch.float64)], torch.ones(2, 2, 150, 8)
+    grad = grad.to(x[0])
+    for ours, exact in zip(*(run(nystrom_attention, q, x, grad) for q in (replace(p, m=m), p)), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("sample", range(3))
+def test_the_global_coefficient_of_a_sample_without_numbers_is_everybodys(sample: int, device: str) -> None:
+    """Whichever sample it is."""
+    p = replace(REGIMES["global"], B=3)
+    x = scaled(p, torch.float32, 1, 1, 1)
+    x[1][sample, 0, 50, 3] = torch.nan
+    ours, _ = results(p, x, device)
+    assert ours[0].isnan().all()
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-10, 1e-4, 1e4, 1e8, 1e15, 1e18, 1e30])

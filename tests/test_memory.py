@@ -44,7 +44,12 @@ print(json.dumps(growth))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the size of a process is read from Linux's /proc")
+linux = pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="the size of a process is read from Linux's /proc"
+)
+
+
+@linux
 def test_memory_does_not_grow() -> None:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to other tests
     command = [sys.executable, "-c", SCRIPT]
@@ -52,3 +57,29 @@ def test_memory_does_not_grow() -> None:
     assert result.returncode == 0, result.stderr
     megabytes = json.loads(result.stdout)
     assert all(growth < 1 for growth in megabytes.values()), f"MB more after a thousand calls: {megabytes}"
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from nystrom_ext import nystrom_attention
+
+torch.set_num_threads(1)
+x = torch.randn(1, 1, 600, 8, requires_grad=True)
+nystrom_attention(x, x, x, num_landmarks=8).sum().backward()
+out = nystrom_attention(x, x, x, num_landmarks=512).sum()
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24,) * 2)  # the scratch is 38 MB
+try:
+    out.backward()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@linux
+def test_too_little_memory_for_the_scratch_is_an_error() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "nystrom_attention: not enough memory for" in done.stdout and "lower them or" in done.stdout

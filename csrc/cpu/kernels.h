@@ -29,6 +29,9 @@ struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;
 };
 
+// Throws. In the one file that is not compiled per instruction set, so that no copy of it needs one of them.
+[[noreturn]] void out_of_memory(int64_t bytes);
+
 struct Kernels {
   // forward                                                            tasks; partials a, b, c
   void (*landmarks)(const Forward&, int64_t, int64_t);                        // (problem, segment)

@@ -22,7 +22,8 @@ struct KeyPassScratch {
   }
 };
 
-// One block of the online softmax: scores -> exp(scores - running maximum); rescale = exp(old - new maximum).
+// One block of the online softmax: scores -> exp(scores - running maximum); rescale = exp(old - new maximum). Keys so
+// far that all score -infinity have weight zero: their maximum is nothing to subtract.
 template <class A>
 void online_softmax(A* scores, int64_t keys, int64_t ld, A* maxima, A* sums, A* rescale) {
   constexpr int W = Simd<A>::width;
@@ -30,10 +31,11 @@ void online_softmax(A* scores, int64_t keys, int64_t ld, A* maxima, A* sums, A* 
     const Vec<A> old = load(maxima + j);
     Vec<A> top = old;
     for (int64_t i = 0; i < keys; ++i) top = maximum(top, load(scores + i * ld + j));
-    const Vec<A> factor = exp<A>(old - top);
+    const Vec<A> base = top == Vec<A>{} - A(__builtin_inf()) ? Vec<A>{} : top;
+    const Vec<A> factor = exp<A>(old - base);
     Vec<A> total = load(sums + j) * factor;
     for (int64_t i = 0; i < keys; ++i) {
-      const Vec<A> e = exp<A>(load(scores + i * ld + j) - top);
+      const Vec<A> e = exp<A>(load(scores + i * ld + j) - base);
       store(scores + i * ld + j, e);
       total += e;
     }

@@ -36,7 +36,7 @@ class Scratch {
     Arena count(nullptr);
     Layout(count, args...);
     memory_ = static_cast<char*>(__builtin_malloc(size_t(count.used() + 64)));
-    if (memory_ == nullptr) __builtin_abort();
+    if (memory_ == nullptr) out_of_memory(count.used());
     Arena arena(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory_), 64)));
     layout_ = Layout(arena, args...);
   }

@@ -105,16 +105,17 @@ Around<Acc<T>> read_keys_around(const Problem& p, const Head& s, int64_t first, 
           read_around(key_rows<T>(p.value, s, p.value_dim), first, n, s.window, s.keys, scratch.value)};
 }
 
-// Bands (n, ld) (+)= x y^T: x the block's rows, y the rows around it.
+// Bands (n, ld) (+)= alpha x y^T: x the block's rows, y the rows around it. The factor comes last, so that the backward
+// pass, which finds a score with the roles of x and y exchanged, finds the same bits.
 template <class A>
 void window_products(const Head& s, int64_t n, int64_t columns, Tile<A> x, Tile<A> y, A alpha,
                      const WindowScratch<A>& scratch, A* bands, int64_t ld, bool add) {
   if (s.window == 0) return;
   const int64_t width = band_width(s.window), around = around_width(s.window);
-  transpose(y.data, n + 2 * s.window, columns, y.ld, scratch.transposed, around, alpha);
+  transpose(y.data, n + 2 * s.window, columns, y.ld, scratch.transposed, around);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     gemm<false>(rows, width, columns, x.data + row * x.ld, x.ld, scratch.transposed + row, around, bands + row * ld, ld,
-                A(1), add);
+                alpha, add);
   });
 }
 

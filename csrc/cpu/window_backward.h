@@ -20,15 +20,13 @@ void read_row_statistics(const Backward& g, const Head& s, int64_t first, int64_
   }
 }
 
-// -LSE1 where the query in column c attends to the key in row t, -inf elsewhere: what is added to the scores.
+// 0 where the query in column c attends to the key in row t, -inf elsewhere: what is added to the scores.
 template <class A>
-void write_key_bias(const Head& s, int64_t start, int64_t rows, const A* lse, const WindowScratch<A>& scratch) {
+void write_key_bias(const Head& s, int64_t start, int64_t rows, const WindowScratch<A>& scratch) {
   const int64_t width = band_width(s.window);
   for (int64_t t = 0; t < rows; ++t) {
     A* to = scratch.scores + t * width;
-    for (int64_t c = 0; c < width; c += Simd<A>::width) {
-      store(to + c, load(scratch.pattern + t * width + c) - load(lse + c));
-    }
+    for (int64_t c = 0; c < width; c += Simd<A>::width) store(to + c, load(scratch.pattern + t * width + c));
     if (start + t < s.pinned) fill(to, width, -A(__builtin_inf()));  // a column of its own in every row
   }
 }
@@ -53,13 +51,13 @@ void window_band_backward(const Backward& g, const Head& s, const Dropout& dropo
   constexpr int W = Simd<A>::width;
   const int64_t width = band_width(s.window), around = around_width(s.window);
   A *p = scratch.scores, *ds = scratch.dscores;
-  write_key_bias(s, start, rows, lse, scratch);
-  gemm<false>(rows, width, g.head_dim, k.data, k.ld, qt, around, p, width, A(1), true);
+  write_key_bias(s, start, rows, scratch);
+  gemm<false>(rows, width, g.head_dim, k.data, k.ld, qt, around, p, width, A(g.scale), true);
   gemm<false>(rows, width, g.value_dim, v.data, v.ld, dot, around, ds, width);
   if (dropout.on()) drop_window_columns(dropout, s, start, rows, ds);
   for (int64_t t = 0; t < rows; ++t) {
     for (int64_t c = 0; c < width; c += W) {
-      const Vec<A> e = exp<A>(load(p + t * width + c));
+      const Vec<A> e = exp<A>(load(p + t * width + c) - load(lse + c));
       store(p + t * width + c, e);
       store(ds + t * width + c, e * (load(ds + t * width + c) - load(delta + c)));
     }
@@ -77,7 +75,7 @@ void window_keys_backward(const Backward& g, const Head& s, int64_t first, int64
   const Dropout dropout(g, s.n);
   const Tile<A> q = read_around(query_rows<T>(g.query, s, g.head_dim), first, n, w, s.queries, scratch.key);
   const Tile<A> dout = read_around(query_rows<T>(g.out, s, g.value_dim), first, n, w, s.queries, scratch.value);
-  transpose(q.data, n + 2 * w, g.head_dim, q.ld, scratch.transposed, around, A(g.scale));
+  transpose(q.data, n + 2 * w, g.head_dim, q.ld, scratch.transposed, around);
   transpose(dout.data, n + 2 * w, g.value_dim, dout.ld, scratch.transposed_value, around);
   read_row_statistics(g, s, first, n, scratch);
   for_each_band(w, n, [&](int64_t row, int64_t rows) {

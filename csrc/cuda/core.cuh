@@ -108,11 +108,11 @@ struct Core {
     return columns[argmax];
   }
 
-  // Option "global": the largest coefficient of the batch, and the problem that attains it.
+  // Option "global": the largest coefficient of the batch, and the problem that attains it. NaN counts as the largest.
   __device__ A global_coefficient(int64_t& problem) const {
     const A* c = static_cast<const A*>(memory.coefficients);
     problem = 0;
-    for (int64_t i = 1; i < f.problems(); ++i) problem = c[i] > c[problem] ? i : problem;
+    for (int64_t i = 1; i < f.problems(); ++i) problem = c[problem] < c[i] || c[i] != c[i] ? i : problem;
     return c[problem];
   }
 

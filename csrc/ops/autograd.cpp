@@ -1,5 +1,6 @@
 // The autograd Function over the registered forward and backward ops. Both sides call ops and never kernels, so that
 // torch.compile traces through them (`is_traceable`).
+#include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -91,6 +92,20 @@ struct Attention : Function<Attention> {
   }
 };
 
+// What Function::apply refuses next in words that name neither the operator nor a way out.
+void refuse_functorch() {
+  const auto& tls = at::functorch::functorchTLSAccessor();
+  if (!tls) return;
+  try {
+    tls->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "nystrom_attention does not support torch.func's grad, vjp, jvp and what is made of "
+                                "them; use .backward(), torch.autograd.grad, or "
+                                "nystrom_ext.reference.nystrom_attention");
+  }
+}
+
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                               const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
@@ -98,6 +113,7 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
                               bool enable_gqa, int64_t window, int64_t pinned) {
   const Arguments a = resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight, num_landmarks,
                               pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned);
+  refuse_functorch();
   return Attention::apply(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
                           a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window,
                           a.pinned);

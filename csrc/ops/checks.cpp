@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <vector>
 
 namespace nystrom_ext {
 namespace {
@@ -125,11 +126,15 @@ void check_backward(const at::Tensor& grad, const Arguments& a, const Saved& sav
   const auto L = q.sym_size(2), S = a.key.sym_size(2), rows = L.min(a.num_landmarks),
              columns = S.min(a.num_landmarks) + S.min(a.pinned),
              missed = a.window > 0 || a.pinned > 0 ? rows : c10::SymInt(0);
-  const auto fits = [](const at::Tensor& saved, const c10::SymInt& rows) {
-    return saved.sym_size(2) == rows && saved.is_contiguous();
+  const auto type = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto B = q.sym_size(0), H = q.sym_size(1), d = padded(q.sym_size(3)), e = padded(v.sym_size(3));
+  const auto fits = [&](const at::Tensor& x, const std::vector<c10::SymInt>& shape) {
+    return x.sym_sizes() == c10::SymIntArrayRef(shape) && x.is_contiguous() && x.scalar_type() == type &&
+           x.device() == q.device();
   };
-  NYSTROM_CHECK(fits(saved.qt, rows) && fits(saved.u, rows) && fits(saved.lse, rows) && fits(saved.kt, columns) &&
-                    fits(saved.w, columns) && fits(saved.missed, missed),
+  NYSTROM_CHECK(fits(saved.qt, {B, H, rows, d}) && fits(saved.kt, {B, H, columns, d}) &&
+                    fits(saved.u, {B, H, rows, e}) && fits(saved.w, {B, H, columns, e}) &&
+                    fits(saved.lse, {B, H, rows}) && fits(saved.missed, {B, H, missed}),
                 "the saved tensors are not those that _attention_forward returned for these arguments");
 }
 

@@ -2,9 +2,12 @@
 // checks also hold under tracing.
 #pragma once
 
+#include "../problem.h"
 #include "ops.h"
 
 namespace nystrom_ext {
+
+inline c10::SymInt padded(const c10::SymInt& n) { return (n + (kRowAlign - 1)) / kRowAlign * kRowAlign; }
 
 void check(const Arguments& a);
 // Reads the masks; under tracing there is nothing to read.

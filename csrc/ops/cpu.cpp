@@ -46,8 +46,9 @@ int64_t* plan_side(Tokens& t, const Problem& p, int64_t* memory) {
     int64_t n = t.length;
     if (t.ignored) {
       n = 0;
-      for (int64_t i = 0; i < t.length; ++i) {
-        if (!t.ignored[b * t.length + i]) index[b * t.length + n++] = i;
+      for (int64_t i = 0; i < t.length; ++i) {  // without a branch, which holes would have mispredicted
+        index[b * t.length + n] = i;
+        n += !t.ignored[b * t.length + i];
       }
     }
     count[b] = n;
@@ -62,9 +63,15 @@ int64_t* plan_side(Tokens& t, const Problem& p, int64_t* memory) {
 }
 
 at::Tensor plan(Problem& p) {
+  const bool same = p.queries.ignored == p.keys.ignored && p.queries.length == p.keys.length;
   const auto size = [&](const Tokens& t) { return p.batch * (1 + t.landmarks + 1 + (t.ignored ? t.length : 0)); };
-  at::Tensor memory = at::empty({size(p.queries) + size(p.keys)}, at::kLong);
-  plan_side(p.keys, p, plan_side(p.queries, p, memory.mutable_data_ptr<int64_t>()));
+  at::Tensor memory = at::empty({size(p.queries) + (same ? 0 : size(p.keys))}, at::kLong);
+  int64_t* rest = plan_side(p.queries, p, memory.mutable_data_ptr<int64_t>());
+  if (same) {
+    p.keys = p.queries;
+  } else {
+    plan_side(p.keys, p, rest);
+  }
   return memory;
 }
 
@@ -81,7 +88,7 @@ void key_pass(const Forward& f) {
   parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).key_pass_merge(f, partials, a, b); });
 }
 
-// Option "global": the largest coefficient of the batch, and the problem that attains it.
+// Option "global": the largest coefficient of the batch, and the problem that attains it. NaN counts as the largest.
 struct GlobalCoefficient {
   double value = 0;
   int64_t problem = 0;
@@ -89,7 +96,7 @@ struct GlobalCoefficient {
   explicit GlobalCoefficient(const Forward& f) {
     std::vector<double> c(size_t(f.problems()));
     parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).coefficient(f, c.data(), a, b); });
-    const auto top = std::max_element(c.begin(), c.end());
+    const auto top = std::max_element(c.begin(), c.end(), [](double a, double b) { return !(b <= a) && a == a; });
     if (top == c.end()) return;
     value = *top;
     problem = top - c.begin();

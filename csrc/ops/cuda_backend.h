@@ -57,7 +57,13 @@ class CudaBackend {
     TORCH_CHECK(f.problems() <= kMost / segments / 2,
                 "nystrom_attention: CUDA takes batch x heads x landmarks of at most ", kMost / 2, ", got ",
                 f.problems() * segments, "; split the batch");
-    return cuda::schedule(f, Runtime::shared_memory());
+    const int shared_memory = Runtime::shared_memory();
+    const cuda::Schedule& found = cuda::schedule(f, shared_memory);
+    TORCH_CHECK(found.fits(f, shared_memory), "nystrom_attention: the ", shared_memory,
+                " bytes of shared memory of this GPU do not hold a tile with head_dim = ", f.head_dim, " and ",
+                f.value_dim, ", window = ", f.window, ", ", f.taps, " taps for ", f.heads / f.kv_heads,
+                " query heads a key head; lower what is unusually large");
+    return found;
   }
 
   static void forward(Forward& f) {

@@ -2,13 +2,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "../problem.h"
 #include "checks.h"
 
 namespace nystrom_ext {
 namespace {
-
-c10::SymInt padded_sym(const c10::SymInt& n) { return (n + (kRowAlign - 1)) / kRowAlign * kRowAlign; }
 
 // As allocate_like_heads in attention.cpp.
 at::Tensor like_heads(const at::Tensor& x, const c10::SymInt& width) {
@@ -26,7 +23,7 @@ ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const
   const auto B = query.sym_size(0), H = query.sym_size(1);
   const auto rows_q = query.sym_size(2).min(num_landmarks), S = key.sym_size(2),
              rows_k = S.min(num_landmarks) + S.min(pinned);
-  const auto d = padded_sym(query.sym_size(3)), e = padded_sym(value.sym_size(3));
+  const auto d = padded(query.sym_size(3)), e = padded(value.sym_size(3));
   return {like_heads(query, value.sym_size(3)),
           at::empty_symint({B, H, rows_q, d}, options),
           at::empty_symint({B, H, rows_k, d}, options),

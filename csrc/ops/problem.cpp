@@ -18,6 +18,10 @@ Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
+// More landmarks than any sequence has tokens, so that "exact whatever the length" may be said by the largest integer
+// and kernels may still multiply the number.
+constexpr int64_t kMostLandmarks = int64_t(1) << 30;
+
 Tokens tokens(const at::Tensor& x, OptionalTensor& mask, int64_t landmarks) {
   Tokens t;
   t.length = x.size(2);
@@ -43,7 +47,7 @@ Problem describe(Arguments& a) {
   p.kv_heads = a.key.size(1);
   p.head_dim = a.query.size(3);
   p.value_dim = a.value.size(3);
-  p.landmarks = a.num_landmarks;
+  p.landmarks = std::min(a.num_landmarks, kMostLandmarks);
   p.iterations = a.pinv_iterations;
   p.scale = a.scale;
   p.dropout_p = a.dropout_p;
@@ -53,8 +57,8 @@ Problem describe(Arguments& a) {
   p.query = operand(a.query);
   p.key = operand(a.key);
   p.value = operand(a.value);
-  p.queries = tokens(a.query, a.query_padding_mask, a.num_landmarks);
-  p.keys = tokens(a.key, a.key_padding_mask, a.num_landmarks);
+  p.queries = tokens(a.query, a.query_padding_mask, p.landmarks);
+  p.keys = tokens(a.key, a.key_padding_mask, p.landmarks);
   if (a.dropout_p > 0) {
     a.rng_state = a.rng_state->contiguous();
     p.rng_state = a.rng_state->const_data_ptr<int64_t>();
