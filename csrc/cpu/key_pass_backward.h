@@ -1,5 +1,5 @@
 // Stage `key_pass`, backward: dK, dV (final) and the partial sums of dQt, dconv (mathematics.md, section 3, "key
-// sweep").
+// pass").
 #pragma once
 
 #include "convolution.h"

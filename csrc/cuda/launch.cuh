@@ -1,5 +1,6 @@
 // Forward in four launches and backward in five; one more each with a padding mask, for the plan of valid tokens, and
-// one more for the option "global". No atomics, no synchronisation with the host: a CUDA graph can hold them all.
+// for the option "global" one more forward and two backward. No atomics, no synchronisation with the host: a CUDA graph
+// can hold them all.
 #pragma once
 
 #include "key_pass_backward.cuh"

@@ -12,11 +12,9 @@ constexpr int kChunk = 1024;
 constexpr int kRowChunk = 256;
 // Shared memory that column tiles may take before they are loaded again for every row tile.
 constexpr int kColumnMemory = 64 * 1024;
-// Shared memory that the m x m matrices may take in the launch they share with the key pass: two such blocks and more
-// fit one multiprocessor.
+// Shared memory that the m x m matrices may take in the launch they share with the key pass, whose blocks then ask for
+// as much: two and more fit one multiprocessor of sm_80, 90 and 100, one fits where it has 100 KB (sm_86, 89, 120).
 constexpr int kCoreMemory = 72 * 1024;
-// What every device from sm_80 on can give one block.
-constexpr int kSharedMemory = 99 * 1024;
 
 constexpr int64_t chunks(const Tokens& t) { return divide_up(t.length, kChunk); }
 constexpr int64_t row_chunks(const Tokens& t) { return divide_up(t.length, kRowChunk); }
