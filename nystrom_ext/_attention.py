@@ -42,9 +42,18 @@ class ValueConvolution(nn.Module):
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """``a is b``, or the same view of the same memory: FSDP2, full backward hooks and reentrant checkpointing pass each
-    argument on as a tensor of its own. (Not while compiling, where such views are not followed.)"""
-    if a is b or torch.compiler.is_compiling():
-        return a is b
+    argument on as a tensor of its own. ValueError for views of one tensor while compiling: the compiler cannot tell
+    which part each of them shows, and a guess would let padding into the landmarks."""
+    if a is b:
+        return True
+    if torch.compiler.is_compiling():
+        if a.shape == b.shape and a._base is not None and a._base is b._base:
+            raise ValueError(
+                "NystromMultiheadAttention: under torch.compile query and key must be one tensor object or share no "
+                "memory, got two views of one tensor; pass the same object as both for self-attention (x = x.mT; "
+                "attention(x, x, x)), or clone() one of two different parts"
+            )
+        return False
     alike = a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
     return alike and _C._is_alias_of(a, b)
 

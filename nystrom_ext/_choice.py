@@ -23,7 +23,7 @@ def build(options: Mapping[str, Any]) -> Options:
             f"convert_ keeps the state_dict keys, but conv_kernel_size={options['conv_kernel_size']} adds a parameter; "
             f"construct NystromMultiheadAttention(..., conv_kernel_size=...) instead"
         )
-    return Options(**options)
+    return Options.of(options)
 
 
 def own_options(modules: dict[str, nn.Module], name: str, options_for: OptionsFor | None) -> LayerOptions:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +26,22 @@ class Options:
         """Those that :func:`nystrom_ext.nystrom_attention` takes."""
         return {name: value for name, value in vars(self).items() if name != "unsupported_mask"}
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """TypeError for a name that is none of them."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"there is no option {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+        return cls(**options)
+
     def __post_init__(self) -> None:
-        check_count("num_landmarks", self.num_landmarks, 1, "the paper uses 64")
-        check_count("pinv_iterations", self.pinv_iterations, 0, "the paper uses 6")
-        check_count("window", self.window, 0, "0 is no window")
-        check_count("pinned", self.pinned, 0, "0 pins no tokens")
+        for name, least, advice in (
+            ("num_landmarks", 1, "the paper uses 64"),
+            ("pinv_iterations", 0, "the paper uses 6"),
+            ("window", 0, "0 is no window"),
+            ("pinned", 0, "0 pins no tokens"),
+        ):
+            object.__setattr__(self, name, count(name, getattr(self, name), least, advice))
         if self.coefficient not in ("per_head", "global"):
             raise ValueError(
                 f'coefficient must be "per_head" or "global", got {self.coefficient!r}; "per_head" keeps the samples '
@@ -39,6 +54,9 @@ class Options:
             )
 
 
-def check_count(name: str, value: Any, least: int, advice: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def count(name: str, value: Any, least: int, advice: str) -> int:
+    """``value`` as an int, NumPy's integers too. ValueError unless it is a number of at least ``least``."""
+    number = None if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__") else operator.index(value)
+    if number is None or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {advice}")
+    return number

@@ -18,13 +18,15 @@ from typing import Any, cast
 from torch import nn
 
 from ._choice import OptionsFor, Pattern, build, check_used, matches, own_options
-from .modules import HOOK_KEY, NystromMultiheadAttention, Options
+from .modules import HOOK_KEY, NystromMultiheadAttention, Options, added_keys
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
 _LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
 
-# Attributes that conversion leaves on a module whose class it changed and on an encoder, for the way back.
+# Attributes that conversion leaves for the way back: on a module whose class it changed, on one of ours that was
+# constructed with options of its own, and on an encoder.
 _CONVERTED = "_converted_from_stock"
+_CONSTRUCTED = "_constructed_with"
 _STOCK_SETTING = "_stock_use_nested_tensor"
 
 _AFTER_TARGETS = (
@@ -73,12 +75,12 @@ def convert_(
     """Make every `nn.MultiheadAttention` in ``model``, itself included, a :class:`NystromMultiheadAttention`, in place.
 
     The attention of Hugging Face models and `timm.layers.Attention` is converted as well; what stays exact in a Hugging
-    Face model runs "sdpa". Each `nn.TransformerEncoder` around a converted module gets ``use_nested_tensor = False``.
-    Modules that are Nyström attention already get the new options. Skipped, with a reason in the report: the
-    self-attention of `nn.TransformerDecoderLayer` and other causal attention, attention with position biases, windows,
-    other subclasses of `nn.MultiheadAttention`, and what the filters leave out. Only where ``include`` matches it: the
-    cross-attention of `nn.TransformerDecoderLayer`, for decoders that see all targets at once. A module that appears
-    several times counts once, under its first name.
+    Face model, or in another that shares its config object, runs "sdpa". Each `nn.TransformerEncoder` around a
+    converted module gets ``use_nested_tensor = False``. Modules that are Nyström attention already get the new options.
+    Skipped, with a reason in the report: the self-attention of `nn.TransformerDecoderLayer` and other causal attention,
+    attention with position biases, windows, other subclasses of `nn.MultiheadAttention`, and what the filters leave
+    out. Only where ``include`` matches it: the cross-attention of `nn.TransformerDecoderLayer`, for decoders that see
+    all targets at once. A module that appears several times counts once, under its first name.
 
     Args:
         include, exclude: globs of qualified names (``*`` also matches dots), or classes, which stand for their
@@ -99,6 +101,10 @@ def convert_(
     own = {name: own_options(modules, name, options_for) for name in found if name not in skipped}
     skipped |= {name: "options_for gives None" for name, layer in own.items() if layer is None}
     settings = {name: build({**vars(general), **layer}) for name, layer in own.items() if layer is not None}
+    for name in [name for name, options in settings.items() if (options.window or options.pinned)]:
+        if isinstance(modules[name], nn.MultiheadAttention) and added_keys(modules[name]):
+            del settings[name]
+            skipped[name] = "add_bias_kv or add_zero_attn: window and pinned need as many keys as queries"
     converted = list(settings)
     if strict and isinstance(options_for, Mapping):
         check_used(modules, found, options_for)
@@ -126,7 +132,7 @@ def convert_(
 
 
 def revert_(model: nn.Module) -> None:
-    """Undo :func:`convert_` exactly. Modules constructed as :class:`NystromMultiheadAttention` stay what they are."""
+    """Undo :func:`convert_` exactly; what was :class:`NystromMultiheadAttention` before gets its options back."""
     modules = list(model.modules())
     _revert(modules, modules)
 
@@ -135,14 +141,15 @@ def revert_(model: nn.Module) -> None:
 def nystrom(model: nn.Module, **arguments: Any) -> Iterator[Report]:
     """Convert within a ``with`` block, arguments as for :func:`convert_`; afterwards ``model`` is as it was before."""
     modules = list(model.modules())
-    before = {m: {name: vars(m)[name] for name in _settings(m) if name in vars(m)} for m in modules if _is_ours(m)}
+    kept = {m: (*_settings(m), _CONSTRUCTED) for m in modules if _is_ours(m)}
+    before = {m: {name: vars(m)[name] for name in names if name in vars(m)} for m, names in kept.items()}
     report = convert_(model, **arguments)
     try:
         yield report
     finally:
         _revert([m for m in modules if m not in before], modules)
         for module, attributes in before.items():
-            for name in _settings(module):
+            for name in kept[module]:
                 vars(module).pop(name, None)
             vars(module).update(attributes)
 
@@ -241,6 +248,8 @@ def _swap(module: nn.Module, swaps: dict[type[nn.Module], Any], options: Options
             if not isinstance(module, ours):
                 module.__class__ = _exchange(type(module), stock, ours)
                 setattr(module, _CONVERTED, ours)
+            elif not {_CONVERTED, _CONSTRUCTED} & vars(module).keys():
+                setattr(module, _CONSTRUCTED, {name: vars(module)[name] for name in _settings(module)})
             cast(Any, module).configure(options)
 
 
@@ -260,6 +269,8 @@ def _revert(modules: list[nn.Module], scope: list[nn.Module]) -> None:
             del module.conv
             module._forward_pre_hooks.pop(HOOK_KEY, None)
         module.__class__ = _exchange(type(module), ours, ours.__bases__[0])  # ours derives from the class it replaces
+    for module in modules:
+        vars(module).update(vars(module).pop(_CONSTRUCTED, {}))
     for integration in _integrations(scope):
         integration.revert(modules, scope)
     for encoder in modules:

@@ -27,7 +27,7 @@ class LayerDiagnosis:
     than it has landmarks is exact and has zero error."""
 
     name: str
-    #: The largest number of tokens it attended to.
+    #: The largest number of tokens it attended to in a call that was not exact; 0 if there was none.
     tokens: int = 0
     #: ‖approximation - exact‖ / ‖exact‖ of the attention's output per sample and head: median and largest.
     median_error: float = 0.0
@@ -218,9 +218,11 @@ class _Spy(TorchFunctionMode):
 
     def _measure(self, layer: LayerDiagnosis, out: Tensor, exact: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
         difference, size = (x.double().flatten(2).norm(dim=-1) for x in (out - exact, exact))
-        self._errors[layer.name].append(torch.where(size > 0, difference / size, difference).flatten())
+        errors = torch.where(size > 0, difference / size, difference)
+        self._errors[layer.name].append(errors[(size > 0) | (difference > 0)])  # not of samples that are all padding
         errors = torch.cat(self._errors[layer.name])
-        layer.median_error, layer.worst_error = errors.median().item(), errors.max().item()
+        if len(errors):
+            layer.median_error, layer.worst_error = errors.median().item(), errors.max().item()
         layer.tokens = max(layer.tokens, args[1].shape[2])
         layer.window = kwargs["window"] or DEFAULT_WINDOW
         if args[0].shape[2] == args[1].shape[2]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attention import IGNORE_THRESHOLD, ValueConvolution, check_key_mask, exact_attention, same_tensor, zero
-from ._options import Options, check_count
+from ._options import Options, count
 from .functional import nystrom_attention, nystrom_attention_weights
 
 _F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
@@ -29,6 +29,11 @@ HOOK_KEY = -1
 def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Does nothing. Hooks keep nn.TransformerEncoderLayer from running a fused exact attention on the module's weights
     instead of calling it. At module level, so that copies and pickles keep it."""
+
+
+def added_keys(module: nn.MultiheadAttention) -> int:
+    """How many keys ``add_bias_kv`` and ``add_zero_attn`` add."""
+    return (module.bias_k is not None) + module.add_zero_attn
 
 
 class NystromMultiheadAttention(nn.MultiheadAttention):
@@ -102,7 +107,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             )
         if conv_kernel_size is None:
             return
-        check_count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
+        conv_kernel_size = count("conv_kernel_size", conv_kernel_size, 1, "None leaves the convolution out")
         if add_bias_kv or add_zero_attn:
             raise ValueError(
                 f"conv_kernel_size needs as many keys as queries, got conv_kernel_size={conv_kernel_size} with "
@@ -147,9 +152,10 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`: same shapes, masks (True = ignore) and messages.
 
-        Beyond ``num_landmarks`` tokens a floating-point ``key_padding_mask`` holds 0 (keep) or values <= -1e4
-        (ignore); anything else raises RuntimeError, on CUDA asynchronously. A strided NestedTensor is accepted in the
-        self-attention of a ``batch_first`` module without masks, in every mode.
+        Beyond ``num_landmarks`` tokens a floating-point ``key_padding_mask`` holds 0 (keep) or values <= -1e4 (ignore);
+        anything else raises RuntimeError, on CUDA asynchronously. Self-attention is ``query is key``: a copy as the key
+        is cross-attention, whose padded queries take part in the landmarks as any other. A strided NestedTensor is
+        accepted in the self-attention of a ``batch_first`` module without masks, in every mode.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             masked = key_padding_mask is not None or attn_mask is not None
@@ -222,16 +228,13 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         return _F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)
 
-    def _added_keys(self) -> int:
-        return (self.bias_k is not None) + self.add_zero_attn
-
     def _key_mask(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
         """key_padding_mask (N, S) or (S,) -> (N, S) with the added keys, which are never masked."""
         if mask is None:
             return None
         if mask.dtype != torch.bool:
             F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
-        mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, self._added_keys()))
+        mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, added_keys(self)))
         for dim, (size, expected) in enumerate(zip(mask.shape, (len(k), k.shape[2]), strict=True)):
             if size != expected:
                 raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {expected}, but got {size}")
@@ -263,13 +266,13 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         kpm = F._canonical_mask(kpm, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q.dtype)
         attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
         if attn_mask is not None:
-            N, H, L, S = *q.shape[:3], k.shape[2] - self._added_keys()
+            N, H, L, S = *q.shape[:3], k.shape[2] - added_keys(self)
             expected = (L, S) if attn_mask.dim() == 2 else (N * H, L, S)
             if attn_mask.shape != expected:
                 raise RuntimeError(
                     f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
                 )
-            attn_mask = F.pad(attn_mask, (0, self._added_keys()))
+            attn_mask = F.pad(attn_mask, (0, added_keys(self)))
             attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (N, H))
         if kpm is not None:
             kpm = kpm[:, None, None]
@@ -299,7 +302,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             conv_weight = None if self.conv is None else self.conv.weight
             return nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options), None
-        _warn_approximate_weights()
+        if not torch.compiler.is_compiling():  # a warning would break the graph
+            _warn_approximate_weights()
         weights = nystrom_attention_weights(q, k, ignored, **options)
         return weights @ zero(v, ignored), weights
 

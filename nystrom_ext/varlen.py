@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ def nystrom_attention_varlen(
             raise ValueError(
                 f"{name} must have shape (tokens, heads, features), got {tuple(x.shape)}; use .flatten(0, 1)"
             )
+    if len(value) != len(key):
+        raise ValueError(f"key and value must have the same number of tokens, got {len(key)} and {len(value)}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not isinstance(longest, (int, torch.SymInt, Integral)):
+            raise ValueError(f"{name} must be an integer, got {longest!r}; max(lengths) is it")
+    if (options.get("window") or options.get("pinned")) and max_seqlen_q != max_seqlen_k:
+        raise ValueError(
+            f"window and pinned need self-attention, got max_seqlen_q = {max_seqlen_q} and max_seqlen_k = "
+            f"{max_seqlen_k}; pass the same offsets and the same max_seqlen for both"
+        )
     queries = _Packed("q", cu_seqlens_q, max_seqlen_q, query)
     same = cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q and len(key) == len(query)
     keys = queries if same else _Packed("k", cu_seqlens_k, max_seqlen_k, key)
@@ -73,6 +84,8 @@ class _Packed:
 
     def __init__(self, side: str, offsets: Tensor, longest: int, tokens: Tensor) -> None:
         name, total = f"cu_seqlens_{side}", len(tokens)
+        if not isinstance(offsets, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(offsets).__name__}; torch.tensor(...) makes one")
         if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"{name} must have shape (sequences + 1) and dtype int32 or int64, got {tuple(offsets.shape)} of "

@@ -125,10 +125,20 @@ def test_revert_of_copies():
 def test_revert_leaves_constructed_modules():
     own = NystromMultiheadAttention(E, H, num_landmarks=7, conv_kernel_size=3)
     model = nn.ModuleList([own, nn.MultiheadAttention(E, H)])
-    assert convert_(model, num_landmarks=9).converted == ["0", "1"]
-    assert own.num_landmarks == 9 and own.conv is not None
+    for options in ({"num_landmarks": 9}, {"num_landmarks": 11, "window": 2}):
+        assert convert_(model, **options).converted == ["0", "1"]
+    assert own.num_landmarks == 11 and own.window == 2 and own.conv is not None
+    revert_(copy.deepcopy(model))
+    with nystrom(model, num_landmarks=13):
+        assert own.num_landmarks == 13
+    assert own.num_landmarks == 11
     revert_(model)
     assert type(own) is NystromMultiheadAttention and type(model[1]) is nn.MultiheadAttention
+    assert (own.num_landmarks, own.window) == (7, 0)
+    before = snapshot(model)
+    with nystrom(model, num_landmarks=13):
+        pass
+    assert snapshot(model) == before
 
 
 def test_revert_refuses_what_changed_since():
@@ -224,6 +234,18 @@ def test_bad_options_change_nothing(bad):
     with pytest.raises((ValueError, TypeError)), nystrom(model, **bad):
         pass
     assert snapshot(model) == before
+
+
+def test_a_window_is_not_for_modules_with_added_keys():
+    model = nn.ModuleList([nn.MultiheadAttention(E, H, add_zero_attn=True), nn.MultiheadAttention(E, H)])
+    report = convert_(model, window=3)
+    assert report.converted == ["1"] and "as many keys as queries" in report.skipped["0"]
+    assert convert_(model, num_landmarks=9).converted == ["0", "1"]
+
+
+def test_an_unknown_option_is_named_with_the_known_ones():
+    with pytest.raises(TypeError, match="there is no option 'landmarks'; there are num_landmarks, pinv_iterations, "):
+        convert_(zoo(), landmarks=3)
 
 
 @pytest.mark.parametrize("bad", [{"num_landmarks": 0}, {"conv_kernel_size": 3}, {"landmarks": 3}])

@@ -85,12 +85,33 @@ def test_autocast(num_landmarks, need_weights):
 
 @pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
 @pytest.mark.parametrize("mask", [None, torch.bool, f64])
-def test_compile(num_landmarks, mask):
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.filterwarnings("ignore:NystromMultiheadAttention. need_weights=True costs")
+def test_compile(num_landmarks, mask, need_weights):
     m, x = make(num_landmarks, batch_first=True), torch.randn(N, L, E, dtype=f64)
     kpm = padding(L, 20, 13, 9) if mask else None
     kpm = torch.zeros(N, L, dtype=f64).masked_fill(kpm, -INF) if mask == f64 else kpm
     torch.compiler.reset()
     compiled = torch.compile(m, backend="eager", fullgraph=True)
-    options = {"key_padding_mask": kpm, "need_weights": False}
+    options = {"key_padding_mask": kpm, "need_weights": need_weights}
     for inputs in ((x, x, x), (x.clone(), x, x)):
         assert_close(outcome(compiled, inputs, **options), outcome(m, inputs, **options))
+
+
+def test_compiled_views_of_one_tensor_are_refused():
+    """Two equal views are self-attention; the compiler cannot tell, and padding would leak into the landmarks."""
+    m, x, mask = make(), torch.randn(N, L, E, dtype=f64), padding(L, 20, 13, 9)
+    compiled = torch.compile(m, backend="eager", fullgraph=True)
+
+    def views(attention, **options):
+        query, key = x.transpose(0, 1), x.transpose(0, 1)
+        return attention(query, key, key, need_weights=False, **options)[0]
+
+    with pytest.raises(Exception, match="one tensor object or share no memory, got two views of one tensor"):
+        views(compiled, key_padding_mask=mask)
+    assert_close(views(compiled), views(m))  # without padding it makes no difference
+    changed = x.masked_fill(mask[:, :, None], 1e4)
+    y, z = x.transpose(0, 1), changed.transpose(0, 1)
+    before, after = (compiled(t, t, t, mask, need_weights=False)[0].transpose(0, 1)[~mask] for t in (y, z))
+    assert torch.equal(before, after)
+    assert_close(before, views(m, key_padding_mask=mask).transpose(0, 1)[~mask])

@@ -88,10 +88,36 @@ def test_conversion_of_a_model_loaded_with_nystrom():
     model = build("bert", "nystrom")
     before = snapshot(model)
     convert_(model, num_landmarks=M, include="*.0.*")
-    assert [model.get_submodule(name).nystrom_options for name in BERT] == [Options(num_landmarks=M), Options()]
+    assert [integration.options_of(model.get_submodule(name)) for name in BERT] == [
+        Options(num_landmarks=M),
+        Options(),
+    ]
     assert integration.check(model) == BERT
     revert_(model)
     assert snapshot(model) == before
+
+
+def test_another_attention_implementation_set_after_conversion_counts():
+    batch = inputs("bert")
+    for name in ("nystrom-8", "sdpa", "eager"):
+        model, other = build("bert"), build("bert", name)
+        convert_(model, num_landmarks=4)
+        model.set_attn_implementation(name)
+        assert torch.equal(hidden(model, batch), hidden(other, batch))
+        if name == "nystrom-8":
+            assert integration.check(model) == BERT
+
+
+def test_models_that_share_a_config_object():
+    config, batch = build("bert").config, inputs("bert")
+    for name in ("nystrom-8", "sdpa"):
+        one, two = (T.BertModel(config).eval() for _ in range(2))
+        for model in (one, two):
+            model.set_attn_implementation(name)
+        expected = hidden(two, batch)
+        convert_(one, num_landmarks=4)
+        assert torch.equal(hidden(two, batch), expected)
+        revert_(one)
 
 
 def test_scoped_conversion():

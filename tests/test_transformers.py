@@ -13,7 +13,6 @@ from huggingface import IMAGE, LAYERS, MODELS, SWIN, T5, TEXT, TEXT_MODELS, M, b
 from nystrom_ext import reference  # noqa: E402
 from nystrom_ext.convert import convert_  # noqa: E402
 from nystrom_ext.integrations import transformers as integration  # noqa: E402
-from nystrom_ext.modules import Options  # noqa: E402
 
 integration.register(name="nystrom-8", num_landmarks=M)
 integration.register(name="nystrom-8-exact", num_landmarks=M, unsupported_mask="exact")
@@ -296,7 +295,7 @@ def test_modernbert_with_exact_local_layers(ran):
     assert (ran.nystrom, ran.sdpa) == (1, 1)
     convert_(other := build(lambda: modern_bert(every=2)), num_landmarks=M)
     assert torch.equal(hidden(other, batch), out) and (ran.nystrom, ran.sdpa) == (2, 2)
-    model.layers[0].attn.nystrom_options = Options(num_landmarks=64)
+    convert_(model, num_landmarks=64, include="layers.0.attn")
     expected = hidden(build(lambda: modern_bert(every=2)), batch)
     torch.testing.assert_close(hidden(model, batch), expected, atol=1e-5, rtol=1e-4)
 

@@ -116,6 +116,11 @@ def test_compiled_once_for_all_lengths() -> None:
         ({"query": torch.randn(1, 2, 10, 8)}, r"query must have shape \(tokens, heads, features\)"),
         ({"key_padding_mask": torch.zeros(2, 6)}, "no padding, got key_padding_mask"),
         ({"num_landmarks": 0}, "num_landmarks"),
+        ({"value": torch.randn(9, 2, 8)}, "same number of tokens, got 10 and 9"),
+        ({"max_seqlen_q": 6.0}, r"max_seqlen_q must be an integer, got 6\.0"),
+        ({"max_seqlen_k": None}, "max_seqlen_k must be an integer, got None"),
+        ({"cu_seqlens_q": [0, 4, 10]}, "cu_seqlens_q must be a tensor, got list"),
+        ({"window": 2, "max_seqlen_k": 7}, "got max_seqlen_q = 6 and max_seqlen_k = 7; pass the same"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:

@@ -55,7 +55,8 @@ def preset(
     masked: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """The options under which `nystrom_attention` (and `NystromMultiheadAttention`) computes what ``name`` computes.
+    """The options under which `nystrom_attention` computes what ``name`` computes; without ``scale``, which only t2t
+    has, those of `NystromMultiheadAttention` too.
 
     They hold without padding and, for n tokens and m landmarks,
 
@@ -177,7 +178,9 @@ def _in_pytorch(
         if conv_weight is not None:
             H, taps = conv_weight.shape
             out = out + F.conv2d(values, conv_weight.to(dtype)[:, None, :, None], padding=(taps // 2, 0), groups=H)
-    return out.to(query.dtype)
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device) and query.dtype != torch.float64  # as for the operator
+    return out.to(torch.get_autocast_dtype(device) if autocast else query.dtype)
 
 
 def _implementation(name: str) -> Implementation:

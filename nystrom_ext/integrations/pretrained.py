@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modules import Options
 from .nystromformer import SWAPS, announce
-from .transformers import CONVERTED, REGISTERED, Converted
+from .transformers import CONVERTED, REGISTERED, Converted, options_of
 
 # Attention that no AttentionInterface function could replace, or that receives its bias where nobody can tell.
 REFUSED = {
@@ -62,7 +62,7 @@ def convert(modules: dict[str, Any], options: dict[str, Options]) -> None:
     for name in filter(lambda name: _uses_interface(modules[name]), options):
         owner = owners[name]
         for config in (modules[name].config, *([] if owner is None else [modules[owner].config])):
-            _switch(config, modules.values())
+            _switch(config)
         modules[name].nystrom_options = options[name]
 
 
@@ -82,11 +82,11 @@ def check(model: nn.Module) -> list[str]:
     """See :func:`nystrom_ext.integrations.transformers.check`."""
     modules = dict(model.named_modules())
     running, wrong = [], {}
-    for name, reason in find(modules).items():
+    found = find(modules)
+    for name, reason in found.items():
         module = modules[name]
-        implementation = _implementation(module)
-        options = getattr(module, "nystrom_options", REGISTERED.get(implementation or ""))
-        if options is None or not (implementation in REGISTERED or implementation == CONVERTED):
+        options = options_of(module)
+        if options is None:
             continue
         if reason is None:
             running.append(name)
@@ -96,26 +96,26 @@ def check(model: nn.Module) -> list[str]:
     if wrong:
         raise ValueError(
             f"{type(model).__name__} cannot honour its attn_implementation:{listing}\n"
-            f'Use "sdpa", or nystrom_ext.convert_(model), which converts what can be converted'
+            + (
+                'Use "sdpa", or nystrom_ext.convert_(model), which converts what can be converted'
+                if any(reason is None for reason in found.values())
+                else "Load it without attn_implementation"
+            )
         )
     swapped = [name for name, module in modules.items() if isinstance(module, tuple(SWAPS.values()))]
     if not running and not swapped:
         raise ValueError(
-            f"no attention of {type(model).__name__} runs Nyström attention; load it with "
-            f'attn_implementation="nystrom" or call nystrom_ext.convert_(model)'
+            f"no attention of {type(model).__name__} runs Nyström attention; "
+            + ("call" if _asks(model) else 'load it with attn_implementation="nystrom" or call')
+            + " nystrom_ext.convert_(model), which says what it can convert"
         )
     return running + swapped
 
 
-def _switch(config: Any, scope: Iterable[nn.Module]) -> None:
+def _switch(config: Any) -> None:
     stock = config._attn_implementation
-    if isinstance(stock, Converted):
-        return
-    if stock in REGISTERED:  # modules that conversion leaves alone keep what the user loaded the model with
-        for module, other in _configs(scope):
-            if other is config and _uses_interface(module):
-                vars(module).setdefault("nystrom_options", REGISTERED[stock])
-    config._attn_implementation_internal = Converted(CONVERTED, stock)
+    if not isinstance(stock, Converted):
+        config._attn_implementation_internal = Converted(CONVERTED, stock)
 
 
 def _owners(modules: dict[str, nn.Module]) -> dict[str, str | None]:
@@ -139,8 +139,8 @@ def _uses_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def _implementation(module: nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+def _asks(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) in REGISTERED
 
 
 def _model_type(module: nn.Module) -> str:

@@ -41,8 +41,9 @@ RESERVED = ("/", ":", "|", "flash", "sdpa", "flex_attention", "eager")
 class Converted(str):
     """The name that :func:`nystrom_ext.convert_` sets as a config's attention implementation.
 
-    It runs Nyström attention in the modules that have ``nystrom_options`` and "sdpa" in the others. It carries the
-    name it replaced because configs do not save this attribute, whereas everything else on them goes to config.json.
+    It runs Nyström attention in the modules that have ``nystrom_options``; in the others what the name it replaced
+    means if that is a registered one, else "sdpa". It carries that name because configs do not save this attribute,
+    whereas everything else on them goes to config.json.
     Unpickling it imports this module, so that a loaded model finds the name registered.
     """
 
@@ -68,7 +69,7 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
     Raises:
         ValueError: bad options, a name that transformers would misunderstand, or one in use for something else.
     """
-    settings = Options(num_landmarks=num_landmarks, **options)
+    settings = Options.of({"num_landmarks": num_landmarks, **options})
     reserved = [part for part in RESERVED if part in name]
     if not name or reserved:
         raise ValueError(
@@ -116,7 +117,7 @@ def attention(
         query, key, value: (B, H, L, d), (B, H_kv, S, d), (B, H_kv, S, e).
         attention_mask: what :func:`padding_mask` returned, or the user's own (B or 1, 1, 1, S) mask, bool with
             True = keep or floating-point with 0 = keep and at most -1e4 = ignore.
-        default_options: for modules without ``nystrom_options`` of their own; None runs "sdpa" in these.
+        default_options: those of the registered name; None stands for :data:`CONVERTED`, where modules have their own.
 
     Returns:
         (B, L, H, e) and None: there are no weights, and ``output_attentions=True`` warns.
@@ -126,10 +127,10 @@ def attention(
     mask = attention_mask
     if mask is not None and mask.dim() == 2 and mask.dtype == torch.bool:
         mask = mask[:, None, None]
-    options = getattr(module, "nystrom_options", default_options)
+    options = options_of(module) if default_options is None else default_options
     if options is None:
         return sdpa(mask, **arguments)
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():  # a warning would break the graph
         _warn_no_weights()
     L, S = query.shape[2], key.shape[2]
     refusal = _refusal(module, query, key, mask, is_causal, kwargs)
@@ -160,6 +161,14 @@ def attention(
         **options.attention,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def options_of(module: Any) -> Options | None:
+    """With what options the attention of ``module`` is Nyström attention, by the name its config has now."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(name, Converted):
+        return REGISTERED.get(name or "")
+    return getattr(module, "nystrom_options", None) or REGISTERED.get(name.stock or "")
 
 
 def padding_mask(
