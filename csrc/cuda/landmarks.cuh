@@ -2,7 +2,7 @@
 // all stages read (mathematics.md, sections 1 and 2).
 #pragma once
 
-#include "sample.cuh"
+#include "matrix.cuh"
 #include "tiling.h"
 
 namespace nystrom_ext::cuda {
@@ -134,19 +134,21 @@ struct LandmarksBackwardParameters : Backward {
   int64_t output_tiles;
 };
 
-// dw of one head: its parts over samples and chunks, in order.
+// dw of one head: its parts over samples and chunks. A warp takes a tap, and a lane every 32nd part of a sample.
 template <class A>
 __device__ void merge_taps(const LandmarksBackwardParameters& g, int64_t h) {
   const int64_t n_chunks = row_chunks(g.keys);
-  for (int64_t t = threadIdx.x; t < g.taps; t += blockDim.x) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t t = warp; t < g.taps; t += kMeanThreads / 32) {
     A sum = 0;
     for (int64_t b = 0; b < g.batch; ++b) {
       const Head s(g, b * g.heads + h);
       const A* from = static_cast<const A*>(g.dconv_part) + s.n * n_chunks * g.output_tiles * g.taps;
       const int64_t used = divide_up(s.keys.count, kRowChunk) * g.output_tiles;
-      for (int64_t c = 0; c < used; ++c) sum += from[c * g.taps + t];
+      for (int64_t c = lane; c < used; c += 32) sum += from[c * g.taps + t];
     }
-    static_cast<A*>(g.dconv)[h * g.taps + t] = sum;
+    sum = warp_sum(sum);
+    if (lane == 0) static_cast<A*>(g.dconv)[h * g.taps + t] = sum;
   }
 }
 
