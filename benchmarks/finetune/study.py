@@ -75,7 +75,7 @@ EXPERIMENTS = {
     "listops": Experiment(
         "--task lra-listops --max-train 6000 --max-test 500 --max-steps 750 --batch-size 8 "
         "--learning-rate 1e-3 --dropout 0 --eval-steps 250",
-        FROM_SCRATCH,
+        (*FROM_SCRATCH, "m64-no-convolution"),
     ),
     "text": Experiment(TEXT, (*FROM_SCRATCH, "m64-no-convolution")),
     "synthetic": Experiment(
