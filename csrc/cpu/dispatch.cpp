@@ -48,12 +48,6 @@ const Capability& chosen() {
 
 }  // namespace
 
-void out_of_memory(int64_t bytes) {
-  throw std::runtime_error("nystrom_attention: not enough memory for " + std::to_string(bytes) +
-                           " bytes that a thread works in; the backward pass keeps about (4 pinv_iterations + 13) "
-                           "num_landmarks^2 numbers, lower them or torch.set_num_threads");
-}
-
 const Kernels& kernels(Dtype dtype) { return chosen().kernels[int(dtype)]; }
 const char* capability() { return chosen().name; }
 

@@ -29,7 +29,7 @@ struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;
 };
 
-// Throws. In the one file that is not compiled per instruction set, so that no copy of it needs one of them.
+// Throws.
 [[noreturn]] void out_of_memory(int64_t bytes);
 
 struct Kernels {
