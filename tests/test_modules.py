@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from module_problems import INF, E, H, L, M, N, f64, make, make_pair, outcome, padding
@@ -193,12 +194,20 @@ def test_other_messages():
         make()(x, x, x, key_padding_mask=torch.zeros(N, L, dtype=torch.long))
 
 
+def test_integers_of_numpy_are_integers():
+    m = NystromMultiheadAttention(E, H, num_landmarks=np.int64(7), window=np.int32(3), conv_kernel_size=np.int64(5))
+    assert (m.num_landmarks, m.window) == (7, 3) and type(m.num_landmarks) is type(m.window) is int
+    assert m.conv.weight.shape == (H, 5)
+
+
 @pytest.mark.parametrize(
     "option",
     [
         {"num_landmarks": 0},
         {"num_landmarks": 6.0},
         {"num_landmarks": True},
+        {"num_landmarks": torch.tensor(6)},
+        {"window": "3"},
         {"pinv_iterations": -1},
         {"coefficient": "batch"},
         {"unsupported_mask": "ignore"},
