@@ -84,8 +84,8 @@ def test_the_backward_pass_finds_the_windows_scores_again(dtype: torch.dtype, de
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name, p in REGIMES.items() if p.keys >= 100 and p.m > 1])
 def test_keys_that_score_minus_infinity(name: str, dtype: torch.dtype, first: int, device: str) -> None:
-    """Have weight zero, also where they fill the first blocks or the first chunk of the keys. In bfloat16 by overflow of
-    finite ones: tensor cores take a landmark as a sum of two terms, and infinity is none."""
+    """Have weight zero, also where they fill the first blocks or the first chunk of the keys. In bfloat16 the keys are
+    finite and the scores overflow: tensor cores take a landmark as a sum of two terms, and infinity is none."""
     p = REGIMES[name]
     keys = first + 80
     p = replace(p, L=keys if p.S is None else p.L, S=p.S and keys, H=1)
