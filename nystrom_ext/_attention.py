@@ -42,20 +42,21 @@ class ValueConvolution(nn.Module):
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """``a is b``, or the same view of the same memory: FSDP2, full backward hooks and reentrant checkpointing pass each
-    argument on as a tensor of its own. ValueError for views of one tensor while compiling: the compiler cannot tell
-    which part each of them shows, and a guess would let padding into the landmarks."""
+    argument on as a tensor of its own. While compiling, views that are seen to be of one tensor are a ValueError, which
+    means eager mode unless ``fullgraph=True``: the compiler cannot tell which part each of them shows, and a guess
+    would let padding into the landmarks."""
     if a is b:
         return True
+    alike = a.shape == b.shape and a.stride() == b.stride()
     if torch.compiler.is_compiling():
-        if a.shape == b.shape and a._base is not None and a._base is b._base:
+        if alike and (a if a._base is None else a._base) is (b if b._base is None else b._base):
             raise ValueError(
                 "NystromMultiheadAttention: under torch.compile query and key must be one tensor object or share no "
                 "memory, got two views of one tensor; pass the same object as both for self-attention (x = x.mT; "
                 "attention(x, x, x)), or clone() one of two different parts"
             )
         return False
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset()
-    return alike and _C._is_alias_of(a, b)
+    return alike and a.storage_offset() == b.storage_offset() and _C._is_alias_of(a, b)
 
 
 def zero(x: Tensor, ignored: Tensor | None) -> Tensor:

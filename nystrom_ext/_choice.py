@@ -10,6 +10,9 @@ from torch import nn
 
 from ._options import Options
 
+# What convert_ sets as the attention implementation of Hugging Face configs.
+CONVERTED = "nystrom-converted"
+
 Pattern = str | type[nn.Module]
 # What one layer gets: options that differ from those of the others, or None to leave it as it is.
 LayerOptions = Mapping[str, Any] | None

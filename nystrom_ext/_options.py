@@ -56,7 +56,10 @@ class Options:
 
 def count(name: str, value: Any, least: int, advice: str) -> int:
     """``value`` as an int, NumPy's integers too. ValueError unless it is a number of at least ``least``."""
-    number = None if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__") else operator.index(value)
+    try:
+        number = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    except TypeError:
+        number = None
     if number is None or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}; {advice}")
     return number

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ._choice import OptionsFor, Pattern, build, check_used, matches, own_options
+from ._choice import CONVERTED, OptionsFor, Pattern, build, check_used, matches, own_options
 from .modules import HOOK_KEY, NystromMultiheadAttention, Options, added_keys
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
@@ -101,10 +101,9 @@ def convert_(
     own = {name: own_options(modules, name, options_for) for name in found if name not in skipped}
     skipped |= {name: "options_for gives None" for name, layer in own.items() if layer is None}
     settings = {name: build({**vars(general), **layer}) for name, layer in own.items() if layer is not None}
-    for name in [name for name, options in settings.items() if (options.window or options.pinned)]:
-        if isinstance(modules[name], nn.MultiheadAttention) and added_keys(modules[name]):
-            del settings[name]
-            skipped[name] = "add_bias_kv or add_zero_attn: window and pinned need as many keys as queries"
+    for name in [name for name, options in settings.items() if not _fits(options, modules[name])]:
+        del settings[name]
+        skipped[name] = "add_bias_kv or add_zero_attn: window and pinned need as many keys as queries"
     converted = list(settings)
     if strict and isinstance(options_for, Mapping):
         check_used(modules, found, options_for)
@@ -126,8 +125,12 @@ def convert_(
             vars(encoder).setdefault(_STOCK_SETTING, getattr(encoder, "use_nested_tensor", False))
             encoder.use_nested_tensor = False  # decided once, in its constructor; would hide padding in a NestedTensor
     reproduce: dict[str, Any] = {"include": [glob.escape(name) for name in converted], "strict": strict}
-    if any(layer for layer in own.values()):
-        reproduce["options_for"] = {glob.escape(name): dict(layer) for name, layer in own.items() if layer}
+    if any(own[name] for name in settings):
+        reproduce["options_for"] = {
+            glob.escape(name): {option: getattr(settings[name], option) for option in layer}
+            for name in settings
+            if (layer := own[name])
+        }
     return Report(converted, skipped, {**vars(general), **reproduce})
 
 
@@ -142,16 +145,14 @@ def nystrom(model: nn.Module, **arguments: Any) -> Iterator[Report]:
     """Convert within a ``with`` block, arguments as for :func:`convert_`; afterwards ``model`` is as it was before."""
     modules = list(model.modules())
     kept = {m: (*_settings(m), _CONSTRUCTED) for m in modules if _is_ours(m)}
-    before = {m: {name: vars(m)[name] for name in names if name in vars(m)} for m, names in kept.items()}
+    before = {m: _present(m, names) for m, names in kept.items()}
     report = convert_(model, **arguments)
     try:
         yield report
     finally:
         _revert([m for m in modules if m not in before], modules)
-        for module, attributes in before.items():
-            for name in kept[module]:
-                vars(module).pop(name, None)
-            vars(module).update(attributes)
+        for module, names in kept.items():
+            _restore(module, names, before[module])
 
 
 def _integrations(modules: Iterable[nn.Module]) -> list[Any]:
@@ -169,8 +170,11 @@ def _swaps(integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    own = hasattr(type(module), "nystrom_options") or "nystrom_options" in vars(module)
-    return own or isinstance(module, NystromMultiheadAttention)
+    if isinstance(module, NystromMultiheadAttention) or hasattr(type(module), "nystrom_options"):
+        return True
+    # Options of a Hugging Face module count as long as its config has not been given another attention.
+    config = None if hasattr(type(module), "configure") else vars(module).get("config")
+    return "nystrom_options" in vars(module) and getattr(config, "_attn_implementation", CONVERTED) == CONVERTED
 
 
 def _settings(module: nn.Module) -> tuple[str, ...]:
@@ -221,8 +225,25 @@ def _skipped(
     return skipped
 
 
+def _fits(options: Options, module: nn.Module) -> bool:
+    extended = options.window or options.pinned
+    return not (extended and isinstance(module, nn.MultiheadAttention) and added_keys(module))
+
+
 def _listed(text: str, options: Mapping[str, Any]) -> str:
     return f"{text} ({', '.join(f'{name}={value!r}' for name, value in options.items())})" if options else text
+
+
+def _present(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the attributes that the module itself has; its class may have them too."""
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def _restore(module: nn.Module, names: Iterable[str], attributes: Mapping[str, Any]) -> None:
+    """What :func:`_present` found before."""
+    for name in names:
+        vars(module).pop(name, None)
+    vars(module).update(attributes)
 
 
 def _written_class(module: nn.Module) -> type:
@@ -249,7 +270,7 @@ def _swap(module: nn.Module, swaps: dict[type[nn.Module], Any], options: Options
                 module.__class__ = _exchange(type(module), stock, ours)
                 setattr(module, _CONVERTED, ours)
             elif not {_CONVERTED, _CONSTRUCTED} & vars(module).keys():
-                setattr(module, _CONSTRUCTED, {name: vars(module)[name] for name in _settings(module)})
+                setattr(module, _CONSTRUCTED, _present(module, _settings(module)))
             cast(Any, module).configure(options)
 
 
@@ -270,7 +291,8 @@ def _revert(modules: list[nn.Module], scope: list[nn.Module]) -> None:
             module._forward_pre_hooks.pop(HOOK_KEY, None)
         module.__class__ = _exchange(type(module), ours, ours.__bases__[0])  # ours derives from the class it replaces
     for module in modules:
-        vars(module).update(vars(module).pop(_CONSTRUCTED, {}))
+        if _CONSTRUCTED in vars(module):
+            _restore(module, _settings(module), vars(module).pop(_CONSTRUCTED))
     for integration in _integrations(scope):
         integration.revert(modules, scope)
     for encoder in modules:

@@ -219,7 +219,7 @@ class _Spy(TorchFunctionMode):
     def _measure(self, layer: LayerDiagnosis, out: Tensor, exact: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
         difference, size = (x.double().flatten(2).norm(dim=-1) for x in (out - exact, exact))
         errors = torch.where(size > 0, difference / size, difference)
-        self._errors[layer.name].append(errors[(size > 0) | (difference > 0)])  # not of samples that are all padding
+        self._errors[layer.name].append(errors[(size != 0) | (difference != 0)])  # not of samples that are all padding
         errors = torch.cat(self._errors[layer.name])
         if len(errors):
             layer.median_error, layer.worst_error = errors.median().item(), errors.max().item()

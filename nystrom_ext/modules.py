@@ -169,9 +169,11 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         kpm = self._key_mask(key_padding_mask, k)
         ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
-        ignored_queries = ignored[:, : q.shape[2]] if ignored is not None and same_tensor(query, key) else None
         dropout_p = self.dropout if self.training else 0.0
         exact = self._is_exact(q.shape[2], k.shape[2], attn_mask)
+        ignored_queries = None
+        if ignored is not None and (not exact or self.conv is not None) and same_tensor(query, key):
+            ignored_queries = ignored[:, : q.shape[2]]
         if exact:
             is_causal = is_causal and kpm is None and not need_weights  # else attn_mask itself is used, as upstream
             mask = self._additive_mask(q, k, kpm, None if is_causal else attn_mask)

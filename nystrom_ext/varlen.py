@@ -50,11 +50,11 @@ def nystrom_attention_varlen(
             raise ValueError(
                 f"{name} must have shape (tokens, heads, features), got {tuple(x.shape)}; use .flatten(0, 1)"
             )
-    if len(value) != len(key):
+    if not torch.compiler.is_compiling() and len(value) != len(key):  # compiled, the copy says it
         raise ValueError(f"key and value must have the same number of tokens, got {len(key)} and {len(value)}")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, (int, torch.SymInt, Integral)):
-            raise ValueError(f"{name} must be an integer, got {longest!r}; max(lengths) is it")
+        if not isinstance(longest, (torch.SymInt, Integral)):
+            raise ValueError(f"{name} must be an integer, got {longest!r}; int(max(lengths)) is it")
     if (options.get("window") or options.get("pinned")) and max_seqlen_q != max_seqlen_k:
         raise ValueError(
             f"window and pinned need self-attention, got max_seqlen_q = {max_seqlen_q} and max_seqlen_k = "

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -241,6 +242,13 @@ def test_a_window_is_not_for_modules_with_added_keys():
     report = convert_(model, window=3)
     assert report.converted == ["1"] and "as many keys as queries" in report.skipped["0"]
     assert convert_(model, num_landmarks=9).converted == ["0", "1"]
+
+
+def test_the_report_of_numpys_integers_is_json():
+    options = {"num_landmarks": np.int64(8), "options_for": {"0": {"window": np.int64(3)}, "1": {"pinned": 2}}}
+    model = nn.ModuleList([nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H, add_zero_attn=True)])
+    found = json.loads(json.dumps(convert_(model, **options).to_dict()))
+    assert found["options"]["num_landmarks"] == 8 and found["options"]["options_for"] == {"0": {"window": 3}}
 
 
 def test_an_unknown_option_is_named_with_the_known_ones():

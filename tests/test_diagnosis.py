@@ -1,6 +1,7 @@
 """The diagnosis against the definition, and that it leaves the model alone."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -152,3 +153,14 @@ def test_hugging_face_and_files(tmp_path):
     assert json.loads(json.dumps(found.to_dict()))["suggested"] == found.suggested
     found.plot(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_of_padding_have_no_error_and_what_is_no_number_shows(encoder):
+    x = torch.randn(2, 40, E, dtype=torch.float64)
+    one = diagnose(encoder, {"src": x[:1]}, num_landmarks=M)
+    with torch.no_grad():
+        padded = {"src": x, "src_key_padding_mask": torch.tensor([[False], [True]]).expand(2, 40)}
+        both = diagnose(encoder, padded, num_landmarks=M)
+        bad = diagnose(encoder, {"src": x.index_fill(0, torch.tensor(1), torch.nan)}, num_landmarks=M)
+    assert [layer.median_error for layer in both.layers] == pytest.approx([layer.median_error for layer in one.layers])
+    assert all(math.isnan(layer.worst_error) for layer in bad.layers)

@@ -61,13 +61,18 @@ def test_the_table_has_one_row_per_experiment_and_compares_seed_by_seed(
 def test_runs_with_other_options_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, warmup, score in (("usual", 0.1, 0.8), ("cold", 0.0, 0.7)):
         results(tmp_path / name, 0, {"nystrom": score}, warmup_steps=warmup)
-    results(tmp_path / "exact", 0, {"softmax": 0.9}, linformer_k=8)
+    results(tmp_path / "exact", 0, {"softmax": 0.9, "linformer": 0.6}, linformer_k=8, eval_steps=3)
+    results(tmp_path / "wide", 0, {"linformer": 0.65}, linformer_k=16)
+    results(tmp_path / "partly", 0, {"nystrom": 0.75}, exclude=["*.0.*"])
     assert compare.main([str(tmp_path), "--output", str(tmp_path / "table")]) == 0
     rows = [line.split(" | ")[5:10] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [
         ["warmup_steps=0.0", "Nyström m=64", "accuracy", "70.0", ""],
         ["warmup_steps=0.1", "softmax", "accuracy", "90.0", ""],
+        ["warmup_steps=0.1", "Linformer k=8", "accuracy", "60.0", "-30.0"],
+        ["warmup_steps=0.1", "Nyström m=64 not=*.0.*", "accuracy", "75.0", "-15.0"],
         ["warmup_steps=0.1", "Nyström m=64", "accuracy", "80.0", "-10.0"],
+        ["warmup_steps=0.1", "Linformer k=16", "accuracy", "65.0", "-25.0"],
     ]
 
 

@@ -207,6 +207,8 @@ def test_integers_of_numpy_are_integers():
         {"num_landmarks": 6.0},
         {"num_landmarks": True},
         {"num_landmarks": torch.tensor(6)},
+        {"num_landmarks": np.array([8, 8])},
+        {"num_landmarks": int},
         {"window": "3"},
         {"pinv_iterations": -1},
         {"coefficient": "batch"},

@@ -90,7 +90,7 @@ def test_conversion_of_a_model_loaded_with_nystrom():
     convert_(model, num_landmarks=M, include="*.0.*")
     assert [integration.options_of(model.get_submodule(name)) for name in BERT] == [
         Options(num_landmarks=M),
-        Options(),
+        Options(unsupported_mask="exact"),
     ]
     assert integration.check(model) == BERT
     revert_(model)
@@ -106,6 +106,24 @@ def test_another_attention_implementation_set_after_conversion_counts():
         assert torch.equal(hidden(model, batch), hidden(other, batch))
         if name == "nystrom-8":
             assert integration.check(model) == BERT
+        with nystrom(model, num_landmarks=4):
+            pass
+        assert model.config._attn_implementation == name and torch.equal(hidden(model, batch), hidden(other, batch))
+        convert_(model, num_landmarks=M, include="*.1.*")  # the first conversion's options are gone
+        convert_(other, num_landmarks=M, include="*.1.*")
+        assert torch.equal(hidden(model, batch), hidden(other, batch))
+
+
+def test_what_conversion_leaves_alone_is_exact_where_landmarks_cannot_serve():
+    """A decoder loaded with "nystrom": refused as it is, and "sdpa" after convert_, as the message says."""
+    config, batch = T.WhisperConfig(**WHISPER), {"input_features": torch.randn(2, 4, 80)}
+    batch["decoder_input_ids"] = torch.randint(3, 50, (2, 20))
+    model = T.WhisperModel(config).eval()
+    model.set_attn_implementation("nystrom-8")
+    with pytest.raises(NotImplementedError, match="which leaves such layers on"):
+        model(**batch)
+    convert_(model, num_landmarks=M, include="encoder.*")
+    assert model(**batch).last_hidden_state.isfinite().all() and len(integration.check(model)) >= LAYERS
 
 
 def test_models_that_share_a_config_object():

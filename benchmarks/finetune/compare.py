@@ -18,13 +18,18 @@ from .arguments import DEFAULTS, FREE, Parser
 from .checkpoint import write_atomically
 from .report import COLOURS, NAMES
 
-# Every option makes a run another experiment but these: what decides nothing or belongs to one arm; and Nyström's own.
-NO_SETTING = (
-    *FREE, "seed", "attention", "threads", "device", "linformer_k", "performer_features", "reformer_hashes", "exclude",
-)  # fmt: skip
-NYSTROM = ("num_landmarks", "window", "pinned", "conv_kernel_size", "include")
-SAME_DATA = ("task", "model", "max_length")
-SYMBOLS = {"num_landmarks": "m", "window": "w", "pinned": "p", "conv_kernel_size": "taps", "include": "in"}
+# Options of one arm, with their short names. Every other makes a run another experiment, but those that decide nothing.
+OWN = {
+    "nystrom": {
+        "num_landmarks": "m", "window": "w", "pinned": "p", "conv_kernel_size": "taps",
+        "include": "in", "exclude": "not",
+    },
+    "linformer": {"linformer_k": "k"},
+    "performer": {"performer_features": "features"},
+    "reformer": {"reformer_hashes": "hashes"},
+}  # fmt: skip
+DECIDE_NOTHING = (*FREE, "seed", "attention", "threads", "device", "eval_steps")
+SAME = ("task", "model", "max_length")
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -88,9 +93,12 @@ def read(paths: Iterable[Path]) -> list[Row]:
 def _add(rows: dict[str, Row], results: dict[str, Any]) -> None:
     # An option that is younger than the run had its default.
     config = DEFAULTS | {"task": results["task"]} | results["config"]
-    setting = {name: value for name, value in sorted(config.items()) if name not in (*NO_SETTING, *NYSTROM)}
+    if config["max_steps"]:
+        config["epochs"] = None
+    apart = {*DECIDE_NOTHING, *(name for own in OWN.values() for name in own)}
+    setting = {name: value for name, value in sorted(config.items()) if name not in apart}
     for arm, found in results["arms"].items():
-        options = _options(config) if arm == "nystrom" else ""
+        options = _options(config, OWN.get(arm, {}))
         metric = next(iter(found["test"]))
         row = rows.setdefault(
             json.dumps([setting, arm, options]),
@@ -108,14 +116,14 @@ def _add(rows: dict[str, Row], results: dict[str, Any]) -> None:
         row.curves.append([(elapsed[int(step)], values[metric]) for step, values in found["dev"].items()])
 
 
-def _options(config: dict[str, Any]) -> str:
-    found = {SYMBOLS[name]: config.get(name) for name in NYSTROM}
+def _options(config: dict[str, Any], names: dict[str, str]) -> str:
+    found = {short: config[name] for name, short in names.items()}
     return " ".join(f"{name}={' '.join(x) if isinstance(x, list) else x}" for name, x in found.items() if x)
 
 
 def distinction(setting: dict[str, Any], rows: list[Row]) -> str:
-    """The options in which ``setting`` differs from others with the same data, for example ``learning_rate=0.0001``."""
-    others = [row.setting for row in rows if all(row.setting[name] == setting[name] for name in SAME_DATA)]
+    """The options in which ``setting`` differs from others of its task, model and length: ``learning_rate=0.0001``."""
+    others = [row.setting for row in rows if all(row.setting[name] == setting[name] for name in SAME)]
     varying = [name for name in setting if any(other.get(name) != setting[name] for other in others)]
     return " ".join(f"{name}={setting[name]}" for name in varying)
 

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._choice import CONVERTED
 from ..modules import Options
 from .nystromformer import SWAPS, announce
-from .transformers import CONVERTED, REGISTERED, Converted, options_of
+from .transformers import REGISTERED, Converted, options_of
 
 # Attention that no AttentionInterface function could replace, or that receives its bias where nobody can tell.
 REFUSED = {
@@ -62,7 +63,7 @@ def convert(modules: dict[str, Any], options: dict[str, Options]) -> None:
     for name in filter(lambda name: _uses_interface(modules[name]), options):
         owner = owners[name]
         for config in (modules[name].config, *([] if owner is None else [modules[owner].config])):
-            _switch(config)
+            _switch(config, modules.values())
         modules[name].nystrom_options = options[name]
 
 
@@ -112,10 +113,14 @@ def check(model: nn.Module) -> list[str]:
     return running + swapped
 
 
-def _switch(config: Any) -> None:
+def _switch(config: Any, scope: Iterable[nn.Module]) -> None:
     stock = config._attn_implementation
-    if not isinstance(stock, Converted):
-        config._attn_implementation_internal = Converted(CONVERTED, stock)
+    if stock == CONVERTED:
+        return
+    for module, other in _configs(scope):  # options of a conversion before the config was given this implementation
+        if other is config and _uses_interface(module):
+            vars(module).pop("nystrom_options", None)
+    config._attn_implementation_internal = Converted(CONVERTED, stock)
 
 
 def _owners(modules: dict[str, nn.Module]) -> dict[str, str | None]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ try:
 except ImportError as error:
     raise ImportError(f"nystrom_ext needs transformers 5, found {transformers.__version__}; upgrade it") from error
 
+from .._choice import CONVERTED
 from ..functional import nystrom_attention
 from ..modules import IGNORE_THRESHOLD, Options
 
@@ -41,9 +43,9 @@ RESERVED = ("/", ":", "|", "flash", "sdpa", "flex_attention", "eager")
 class Converted(str):
     """The name that :func:`nystrom_ext.convert_` sets as a config's attention implementation.
 
-    It runs Nyström attention in the modules that have ``nystrom_options``; in the others what the name it replaced
-    means if that is a registered one, else "sdpa". It carries that name because configs do not save this attribute,
-    whereas everything else on them goes to config.json.
+    It runs Nyström attention in the modules that have ``nystrom_options``. In the others it runs what the name it
+    replaced means if that is a registered one, exact where landmarks cannot serve, else "sdpa". It carries that name
+    because configs do not save this attribute, whereas everything else on them goes to config.json.
     Unpickling it imports this module, so that a loaded model finds the name registered.
     """
 
@@ -53,9 +55,6 @@ class Converted(str):
         self = super().__new__(cls, name)
         self.stock = stock
         return self
-
-
-CONVERTED = "nystrom-converted"
 
 
 def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) -> None:
@@ -68,6 +67,7 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
 
     Raises:
         ValueError: bad options, a name that transformers would misunderstand, or one in use for something else.
+        TypeError: unknown options.
     """
     settings = Options.of({"num_landmarks": num_landmarks, **options})
     reserved = [part for part in RESERVED if part in name]
@@ -166,9 +166,12 @@ def attention(
 def options_of(module: Any) -> Options | None:
     """With what options the attention of ``module`` is Nyström attention, by the name its config has now."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if not isinstance(name, Converted):
+    if name != CONVERTED:
         return REGISTERED.get(name or "")
-    return getattr(module, "nystrom_options", None) or REGISTERED.get(name.stock or "")
+    if "nystrom_options" in vars(module):
+        return module.nystrom_options
+    left_alone = REGISTERED.get(getattr(name, "stock", None) or "")
+    return left_alone and replace(left_alone, unsupported_mask="exact")
 
 
 def padding_mask(
