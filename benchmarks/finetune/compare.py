@@ -190,7 +190,7 @@ def _scores(ax: Any, rows: list[Row]) -> None:
         scores = [100 * score for score in row.scores]
         ax.plot([place] * len(scores), scores, "o", color=COLOURS[row.arm], alpha=0.5)
         ax.plot(place, statistics.mean(scores), "_", color=COLOURS[row.arm], markersize=24, markeredgewidth=2)
-    ax.set_xticks(range(len(rows)), [row.name.replace(" ", "\n", 1) for row in rows], fontsize=8)
+    ax.set_xticks(range(len(rows)), [row.name.replace(" ", "\n") for row in rows], fontsize=8)
     ax.set(ylabel=f"{rows[0].metric} %, dots are seeds", xlim=(-0.6, len(rows) - 0.4))
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -96,6 +96,9 @@ def draw(found: dict[str, Any]) -> Any:
             if points:
                 ax.loglog(*zip(*points, strict=True), ".-", color=report.COLOURS[name], label=report.NAMES[name])
         ax.set(xlabel="tokens", title=title)
+        lengths = sorted({case["length"] for case in found["cases"]})
+        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         ax.legend(frameon=False, fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     setting = found["setting"]
