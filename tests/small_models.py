@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed
 from torch import nn
 
 from nystrom_ext import NystromMultiheadAttention, convert_

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed
 from small_models import (
     PADDING,
     E,

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed
 from small_models import (
     E,
     H,

@@ -1,4 +1,5 @@
-"""No leaks: a thousand calls, forward and backward, leave the process as large as they found it."""
+"""No leaks: a thousand calls, forward and backward, leave the process as large as they found it. And too little
+memory is an error."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;
 };
 
-// Throws.
+// Throws; in memory.cpp.
 [[noreturn]] void out_of_memory(int64_t bytes);
 
 struct Kernels {

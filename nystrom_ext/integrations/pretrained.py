@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .._choice import CONVERTED
 from ..modules import Options
 from .nystromformer import SWAPS, announce
-from .transformers import REGISTERED, Converted, options_of
+from .transformers import REGISTERED, Converted, implementation_of, options_of
 
 # Attention that no AttentionInterface function could replace, or that receives its bias where nobody can tell.
 REFUSED = {
@@ -105,10 +105,10 @@ def check(model: nn.Module) -> list[str]:
         )
     swapped = [name for name, module in modules.items() if isinstance(module, tuple(SWAPS.values()))]
     if not running and not swapped:
+        load = "" if implementation_of(model) in REGISTERED else 'load it with attn_implementation="nystrom" or '
         raise ValueError(
-            f"no attention of {type(model).__name__} runs Nyström attention; "
-            + ("call" if _asks(model) else 'load it with attn_implementation="nystrom" or call')
-            + " nystrom_ext.convert_(model), which says what it can convert"
+            f"no attention of {type(model).__name__} runs Nyström attention; {load}call nystrom_ext.convert_(model), "
+            f"which says what it can convert"
         )
     return running + swapped
 
@@ -142,10 +142,6 @@ def _configs(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
 def _uses_interface(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
-
-
-def _asks(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) in REGISTERED
 
 
 def _model_type(module: nn.Module) -> str:

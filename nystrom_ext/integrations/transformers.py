@@ -163,9 +163,14 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def implementation_of(module: Any) -> str | None:
+    """The name of its attention that the config of ``module`` has now; None without one."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
 def options_of(module: Any) -> Options | None:
     """With what options the attention of ``module`` is Nyström attention, by the name its config has now."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    name = implementation_of(module)
     if name != CONVERTED:
         return REGISTERED.get(name or "")
     if "nystrom_options" in vars(module):
