@@ -10,6 +10,10 @@ from typing import Any
 from torch import Tensor
 
 
+# Options that decide how a module or an integration calls the operator, which does not know them.
+CALLERS = ("unsupported_mask", "self_attention", "need_weights")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of :class:`NystromMultiheadAttention` that add no parameters. ValueError for a bad value."""
@@ -20,11 +24,13 @@ class Options:
     unsupported_mask: str = "error"
     window: int = 0
     pinned: int = 0
+    self_attention: bool | None = None
+    need_weights: str = "on_request"
 
     @property
     def attention(self) -> dict[str, Any]:
-        """Those that :func:`nystrom_ext.nystrom_attention` takes."""
-        return {name: value for name, value in vars(self).items() if name != "unsupported_mask"}
+        """Those that :func:`nystrom_ext.nystrom_attention` takes as they are; who calls it knows whose the padding is."""
+        return {name: value for name, value in vars(self).items() if name not in CALLERS}
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
@@ -51,6 +57,16 @@ class Options:
             raise ValueError(
                 f'unsupported_mask must be "error" or "exact", got {self.unsupported_mask!r}; "error" raises, "exact" '
                 f"computes exact attention for calls with attn_mask"
+            )
+        if not (self.self_attention is None or isinstance(self.self_attention, bool)):
+            raise ValueError(
+                f"self_attention must be None, True or False, got {self.self_attention!r}; True says that queries and "
+                f"keys are the same tokens, None finds it out where one tensor is passed as both"
+            )
+        if self.need_weights not in ("on_request", "never"):
+            raise ValueError(
+                f'need_weights must be "on_request" or "never", got {self.need_weights!r}; "never" returns None instead '
+                f"of the weights, whatever the caller asks for"
             )
 
 

@@ -64,6 +64,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     unsupported_mask: str
     window: int
     pinned: int
+    self_attention: bool | None
+    need_weights: str
     conv: ValueConvolution | None
 
     def __init__(
@@ -87,6 +89,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         unsupported_mask: str = "error",
         window: int = 0,
         pinned: int = 0,
+        self_attention: bool | None = None,
+        need_weights: str = "on_request",
     ) -> None:
         options = Options(
             num_landmarks=num_landmarks,
@@ -95,6 +99,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             unsupported_mask=unsupported_mask,
             window=window,
             pinned=pinned,
+            self_attention=self_attention,
+            need_weights=need_weights,
         )
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
