@@ -1,4 +1,4 @@
-"""What `NystromMultiheadAttention` computes outside the operator: exact attention, masks, the value convolution."""
+"""What `NystromMultiheadAttention` computes outside the operator: exact attention and the value convolution."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_C: Any = torch._C  # for a function that is missing in the stubs
+from ._masks import zero
 
-# Entries of a floating-point key_padding_mask up to this mean "ignore": -inf, finfo.min, -1e9 and the customary -1e4.
-IGNORE_THRESHOLD = -1e4
+_C: Any = torch._C  # for a function that is missing in the stubs
 
 
 class ValueConvolution(nn.Module):
@@ -52,27 +51,11 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
         if alike and (a if a._base is None else a._base) is (b if b._base is None else b._base):
             raise ValueError(
                 "NystromMultiheadAttention: under torch.compile query and key must be one tensor object or share no "
-                "memory, got two views of one tensor; pass the same object as both for self-attention (x = x.mT; "
-                "attention(x, x, x)), or clone() one of two different parts"
+                "memory, got two views of one tensor; set self_attention=True (or False) on the module, or pass the "
+                "same object as both for self-attention (x = x.mT; attention(x, x, x))"
             )
         return False
     return alike and a.storage_offset() == b.storage_offset() and _C._is_alias_of(a, b)
-
-
-def zero(x: Tensor, ignored: Tensor | None) -> Tensor:
-    """x (N, H, n, d) with zeros where ``ignored`` (N, n) is True, whatever x holds there."""
-    return x if ignored is None else x.masked_fill(ignored[:, None, :, None], 0)
-
-
-def check_key_mask(mask: Tensor | None) -> None:
-    """Refuses finite biases of single keys, which the approximation cannot honour. Does not wait for a GPU."""
-    if mask is None or mask.dtype == torch.bool:
-        return
-    torch._assert_async(
-        ((mask <= IGNORE_THRESHOLD) | (mask == 0)).all(),
-        "NystromMultiheadAttention: beyond num_landmarks tokens a floating-point key_padding_mask must hold 0 (keep) "
-        "or values <= -1e4 (ignore), found others; pass a bool mask or raise num_landmarks",
-    )
 
 
 def exact_attention(

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-
 # Options that decide how a module or an integration calls the operator, which does not know them.
 CALLERS = ("unsupported_mask", "self_attention", "need_weights")
 
@@ -29,7 +28,7 @@ class Options:
 
     @property
     def attention(self) -> dict[str, Any]:
-        """Those that :func:`nystrom_ext.nystrom_attention` takes as they are; who calls it knows whose the padding is."""
+        """Those that :func:`nystrom_ext.nystrom_attention` takes as they are."""
         return {name: value for name, value in vars(self).items() if name not in CALLERS}
 
     @classmethod
@@ -65,8 +64,8 @@ class Options:
             )
         if self.need_weights not in ("on_request", "never"):
             raise ValueError(
-                f'need_weights must be "on_request" or "never", got {self.need_weights!r}; "never" returns None instead '
-                f"of the weights, whatever the caller asks for"
+                f'need_weights must be "on_request" or "never", got {self.need_weights!r}; "never" returns None '
+                f"instead of the weights, whatever the caller asks for"
             )
 
 

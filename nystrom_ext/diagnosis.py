@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ._samples import call, check_model, evaluating
 from .convert import nystrom
 
 DEFAULT_WINDOW = 16  # of which the share of mass is given where a layer has no window of its own
@@ -144,18 +145,19 @@ def diagnose(
     Raises:
         ValueError: nothing can be converted, or there is no tensor in the output.
     """
+    check_model("diagnose", model)
     spy = _Spy()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
-        report = stack.enter_context(nystrom(model, **arguments))
+        stack.enter_context(evaluating(model))
+        report = stack.enter_context(nystrom(model, **{"batch": batch, **arguments}))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(spy.watching(model, report.converted))
 
         def run(*names: str) -> Tensor:
             spy.approximated = set(names)
             with spy:
-                return _read(_call(model, batch), output_fn)
+                return _read(call(model, batch), output_fn)
 
         exact = run()
         spy.measuring = False
@@ -249,23 +251,6 @@ def _near_mass(
         near = ((rank - chosen[:, None]).abs() <= window) | (rank < pinned)
         shares.append((attention * near).sum(-1).flatten())
     return torch.cat(shares)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _read(output: Any, output_fn: Callable[[Any], Tensor] | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  registers the ops
+from ._warnings import warn_once
 
 
 def nystrom_attention(
@@ -24,6 +25,7 @@ def nystrom_attention(
     enable_gqa: bool = False,
     window: int = 0,
     pinned: int = 0,
+    self_attention: bool | None = None,
 ) -> Tensor:
     r"""Softmax attention approximated in O((L + S) m) time and memory (Nyströmformer, arXiv 2102.03902).
 
@@ -38,7 +40,7 @@ def nystrom_attention(
         value: (B, H, S, e) or (B, H_kv, S, e).
         key_padding_mask: (B, S) bool, True = ignore, as in ``nn.MultiheadAttention``.
         query_padding_mask: (B, L) bool, True = ignore: these rows of the result are zero and take no part in the
-            landmarks. For self-attention pass the same mask twice.
+            landmarks. For self-attention pass the same mask twice, or ``self_attention=True``.
         num_landmarks: m, the number of segment means. ``m >= L`` or ``m >= S`` is exact attention.
         pinv_iterations: six are a spectral filter that suits attention; more approximate it worse, not better.
         scale: s, default ``d ** -0.5``.
@@ -52,6 +54,9 @@ def nystrom_attention(
         pinned: exact attention of every query to the first ``pinned`` valid tokens, which are left out of the
             landmarks: class tokens, attention sinks. ``window`` and ``pinned`` are for self-attention: L = S and one
             mask; 0 and 0 are the paper's operator.
+        self_attention: whether queries and keys are the same tokens. True: one mask stands for both sides, and
+            L = S. False: the masks are what they are. None: True where ``query is key``; else, with as many queries as
+            keys and a ``key_padding_mask`` alone, a warning, as nobody knows whose tokens the padded queries are.
 
     Returns:
         (B, H, L, e), stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once with respect to
@@ -60,6 +65,10 @@ def nystrom_attention(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; the message names the rule and the way out.
     """
+    if key_padding_mask is not None or query_padding_mask is not None or self_attention:
+        key_padding_mask, query_padding_mask = _both_masks(
+            query, key, key_padding_mask, query_padding_mask, self_attention, num_landmarks
+        )
     return torch.ops.nystrom_ext.attention(
         query,
         key,
@@ -92,6 +101,7 @@ def nystrom_attention_weights(
     enable_gqa: bool = False,
     window: int = 0,
     pinned: int = 0,
+    self_attention: bool | None = None,
     average_heads: bool = False,
 ) -> Tensor:
     """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection: O(L S) memory.
@@ -117,5 +127,36 @@ def nystrom_attention_weights(
         enable_gqa=enable_gqa,
         window=window,
         pinned=pinned,
+        self_attention=self_attention,
     )
     return weights.mean(1) if average_heads else weights
+
+
+_UNKNOWN_PADDING = (
+    "nystrom_attention: as many queries as keys with a key_padding_mask alone, so that nobody knows whether the padded "
+    "queries are padding too; they are taken for tokens and averaged into the landmarks. Pass self_attention=True if "
+    "both are the same tokens, else query_padding_mask or self_attention=False"
+)
+
+
+def _both_masks(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    self_attention: bool | None,
+    num_landmarks: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of keys and of queries, the one for the other where both are the same tokens."""
+    itself = query is key if self_attention is None else self_attention
+    if itself:
+        if query.shape[-2] != key.shape[-2]:
+            raise ValueError(
+                f"nystrom_attention: self_attention=True needs as many queries as keys, got {query.shape[-2]} and "
+                f"{key.shape[-2]}; leave it out for cross-attention"
+            )
+        return (query_mask if key_mask is None else key_mask), (key_mask if query_mask is None else query_mask)
+    if self_attention is None and query_mask is None and not isinstance(query, torch.fx.Proxy):
+        if num_landmarks < query.shape[-2] == key.shape[-2]:
+            warn_once(nystrom_attention, _UNKNOWN_PADDING)
+    return key_mask, query_mask

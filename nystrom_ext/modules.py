@@ -7,19 +7,33 @@ S keys, E ``embed_dim``, d = E / H, m ``num_landmarks``.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._attention import IGNORE_THRESHOLD, ValueConvolution, check_key_mask, exact_attention, same_tensor, zero
+from ._attention import ValueConvolution, exact_attention, same_tensor
+from ._masks import IGNORE_THRESHOLD, additive_mask, check_key_mask, key_mask, masks_nothing, query_mask, zero
 from ._options import Options, count
+from ._tracing import fx_leaf
+from ._warnings import warn_once
 from .functional import nystrom_attention, nystrom_attention_weights
 
 _F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
+
+_UNKNOWN_PADDING = (
+    "NystromMultiheadAttention: query and key are two tensors of equal length with a key_padding_mask, so that nobody "
+    "knows whether the padded queries are padding too; they are taken for tokens and averaged into the landmarks. Set "
+    "self_attention=True (in the constructor or convert_) if both are the same tokens, else self_attention=False; "
+    "convert_(model, batch=...) finds out on a sample"
+)
+_APPROXIMATE_WEIGHTS = (
+    "NystromMultiheadAttention: need_weights=True, nn.MultiheadAttention's default, costs O(L * S) beyond "
+    "num_landmarks tokens, and the weights are approximate (entries may be negative, rows need not sum to 1, no "
+    'dropout); where the call cannot say need_weights=False, need_weights="never" in the constructor or convert_ '
+    "returns None instead"
+)
 
 # A fixed negative key instead of register_forward_pre_hook: generated keys count up from 0 in every process, so the
 # first hook registered on an unpickled module could overwrite ours.
@@ -42,7 +56,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     The shape chooses the regime. With min(L, S) <= ``num_landmarks``, S counting the keys of ``add_bias_kv`` and
     ``add_zero_attn``, the result is that of `nn.MultiheadAttention` to rounding, with every mask, weights and dropout;
     only rows without any key give ``out_proj.bias`` and zero weights where upstream may give NaN. Beyond, attention is
-    approximated at a cost of O((L + S) m) and does not depend on padding; where ``query is key``, ``key_padding_mask``
+    approximated at a cost of O((L + S) m) and does not depend on padding; in self-attention, ``key_padding_mask``
     removes the queries too, and their output is ``out_proj.bias``. Dropout then acts on the (L, m) probabilities.
 
     Args:
@@ -52,7 +66,13 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             the parameter ``conv.weight`` (H, taps); needs L = S and no added keys.
         coefficient: scale of the iteration's start; ``"global"``, as in the paper's code, couples a batch's samples.
         window, pinned: exact attention, beyond m tokens, to the tokens at a distance of at most ``window`` and to the
-            first ``pinned`` ones, beside the landmarks; needs self-attention, ``query is key``, and no added keys.
+            first ``pinned`` ones, beside the landmarks; needs self-attention and no added keys.
+        self_attention: whether queries and keys are the same tokens, so that the keys' padding is that of the queries.
+            None: where one tensor is passed as both, or two of the same memory; with others of equal length and a
+            ``key_padding_mask`` a warning asks for the option. True, as for ``a(n(x), n(x), n(x))`` or ``x + pos``
+            twice, refuses L != S; False is cross-attention.
+        need_weights: ``"never"`` returns None instead of the weights even to callers who leave ``need_weights`` at its
+            default of True, which costs O(L S).
         unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
             NotImplementedError, ``"exact"`` computes exact attention.
     The other arguments are those of `nn.MultiheadAttention`.
@@ -145,6 +165,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             "torch.backends.mha.set_fastpath_enabled(False)"
         )
 
+    @fx_leaf
     def forward(
         self,
         query: Tensor,
@@ -155,16 +176,22 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        query_padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`: same shapes, masks (True = ignore) and messages.
 
         Beyond ``num_landmarks`` tokens a floating-point ``key_padding_mask`` holds 0 (keep) or values <= -1e4 (ignore);
-        anything else raises RuntimeError, on CUDA asynchronously. Self-attention is ``query is key``: a copy as the key
-        is cross-attention, whose padded queries take part in the landmarks as any other. A strided NestedTensor is
+        anything else raises RuntimeError, on CUDA asynchronously. An ``attn_mask`` on the CPU that masks nothing is no
+        mask. ``query_padding_mask``, (N, L) or (L,) bool with True = ignore, names queries that are padding where the
+        keys' mask does not: they take no part in the landmarks and give ``out_proj.bias``. A strided NestedTensor is
         accepted in the self-attention of a ``batch_first`` module without masks, in every mode.
         """
+        need_weights = need_weights and self.need_weights == "on_request"
+        if self.self_attention and key_padding_mask is None:
+            key_padding_mask = query_padding_mask
         if query.is_nested or key.is_nested or value.is_nested:
-            masked = key_padding_mask is not None or attn_mask is not None
+            masked = any(mask is not None for mask in (key_padding_mask, attn_mask, query_padding_mask))
             return self._forward_nested(query, key, value, masked, need_weights, average_attn_weights)
         batched = _F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
@@ -173,26 +200,26 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
                 "`generate_square_subsequent_mask` to create this mask."
             )
         q, k, v = self._project(query, key, value)
-        kpm = self._key_mask(key_padding_mask, k)
+        kpm = key_mask(key_padding_mask, k, added_keys(self))
         ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
-        dropout_p = self.dropout if self.training else 0.0
-        exact = self._is_exact(q.shape[2], k.shape[2], attn_mask)
-        ignored_queries = None
-        if ignored is not None and (not exact or self.conv is not None) and same_tensor(query, key):
-            ignored_queries = ignored[:, : q.shape[2]]
+        given = query_mask(query_padding_mask, q)
+        exact = self._is_exact(q.shape[2], k.shape[2], attn_mask, is_causal)
+        padding = self._padding(query, key, q, k, ignored if given is None else None, exact)
+        ignored_queries = padding if given is None else given
         if exact:
             is_causal = is_causal and kpm is None and not need_weights  # else attn_mask itself is used, as upstream
-            mask = self._additive_mask(q, k, kpm, None if is_causal else attn_mask)
+            mask = additive_mask(q, k, kpm, None if is_causal else attn_mask, added_keys(self))
+            dropout_p = self.dropout if self.training else 0.0
             out, weights = exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
+            out = zero(out, given)
         else:
             check_key_mask(kpm)
-            self._check_window(query, key)
-            out, weights = self._nystrom(q, k, v, ignored, ignored_queries, dropout_p, need_weights)
-        if self.conv is not None and (exact or need_weights):  # else the operator has added it
+            out, weights = self._nystrom(q, k, v, ignored, ignored_queries, need_weights, average_attn_weights)
+        if self.conv is not None and exact:  # else the operator has added it
             out = out + self.conv(v, ignored, ignored_queries)
 
         out = out.transpose(1, 2).flatten(2)
-        weights = weights.mean(1) if weights is not None and average_attn_weights else weights
+        weights = weights.mean(1) if weights is not None and weights.dim() == 4 and average_attn_weights else weights
         if not batched:
             return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
         return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
@@ -236,56 +263,49 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         return _F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)
 
-    def _key_mask(self, mask: Tensor | None, k: Tensor) -> Tensor | None:
-        """key_padding_mask (N, S) or (S,) -> (N, S) with the added keys, which are never masked."""
-        if mask is None:
-            return None
-        if mask.dtype != torch.bool:
-            F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
-        mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, added_keys(self)))
-        for dim, (size, expected) in enumerate(zip(mask.shape, (len(k), k.shape[2]), strict=True)):
-            if size != expected:
-                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {expected}, but got {size}")
-        return mask
-
-    def _is_exact(self, L: int, S: int, attn_mask: Tensor | None) -> bool:
+    def _is_exact(self, L: int, S: int, attn_mask: Tensor | None, is_causal: bool) -> bool:
+        """Whether this call is that of `nn.MultiheadAttention`. An exported graph runs at any length, so there the
+        operator decides, which is exact up to ``num_landmarks`` tokens as well; only padded queries differ."""
+        if attn_mask is None and torch.compiler.is_exporting():
+            return False
         if min(L, S) <= self.num_landmarks:
             return True
-        if attn_mask is not None and self.unsupported_mask == "error":
+        if attn_mask is None or (not is_causal and masks_nothing(attn_mask)):
+            return False
+        if self.unsupported_mask == "error":
             raise NotImplementedError(
                 f"NystromMultiheadAttention: attn_mask is not supported with L={L}, S={S} > num_landmarks="
                 f"{self.num_landmarks} (an (L, S) mask is O(L*S)), nor is is_causal (landmarks are means over past and "
-                f"future). Use key_padding_mask, raise num_landmarks, or construct with "
+                f"future). Pass padding as key_padding_mask, raise num_landmarks, or construct with "
                 f'unsupported_mask="exact".'
             )
-        return attn_mask is not None
+        return True
 
-    def _check_window(self, query: Tensor, key: Tensor) -> None:
-        if (self.window or self.pinned) and not same_tensor(query, key):
+    def _padding(
+        self, query: Tensor, key: Tensor, q: Tensor, k: Tensor, ignored: Tensor | None, exact: bool
+    ) -> Tensor | None:
+        """Which queries are padding because the keys are the same tokens (N, L); None: none, or it does not matter."""
+        L, S = q.shape[2], k.shape[2] - added_keys(self)
+        if self.self_attention and L != S:
+            raise ValueError(
+                f"NystromMultiheadAttention: self_attention=True needs as many queries as keys, got {L} and {S}; "
+                f"leave it out (None) for a module that is called with other keys too"
+            )
+        extended = not exact and (self.window > 0 or self.pinned > 0)
+        if not extended and (ignored is None or (exact and self.conv is None)):
+            return None
+        itself = same_tensor(query, key) if self.self_attention is None else self.self_attention
+        if extended and not itself:
             raise ValueError(
                 f"NystromMultiheadAttention: window={self.window} and pinned={self.pinned} need self-attention, got a "
-                f"key of shape {tuple(key.shape)} that is not the query of shape {tuple(query.shape)}; pass the same "
-                f"tensor as both, or construct with window=0, pinned=0"
+                f"key of shape {tuple(key.shape)} that is not the query of shape {tuple(query.shape)}; set "
+                f"self_attention=True if both are the same tokens, or window=0, pinned=0"
             )
-
-    def _additive_mask(self, q: Tensor, k: Tensor, kpm: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one of q's dtype that broadcasts to (N, H, L, S). F.scaled_dot_product_attention on the CPU
-        refuses others or, float32 next to float64, silently computes nonsense (torch 2.13)."""
-        kpm = F._canonical_mask(kpm, "key_padding_mask", F._none_or_dtype(attn_mask), "attn_mask", q.dtype)
-        attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, check_other=False)
-        if attn_mask is not None:
-            N, H, L, S = *q.shape[:3], k.shape[2] - added_keys(self)
-            expected = (L, S) if attn_mask.dim() == 2 else (N * H, L, S)
-            if attn_mask.shape != expected:
-                raise RuntimeError(
-                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
-                )
-            attn_mask = F.pad(attn_mask, (0, added_keys(self)))
-            attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (N, H))
-        if kpm is not None:
-            kpm = kpm[:, None, None]
-            attn_mask = kpm if attn_mask is None else kpm + attn_mask
-        return None if attn_mask is None else attn_mask.to(q.dtype)
+        if itself:
+            return None if ignored is None else ignored[:, :L]
+        if self.self_attention is None and L == S and not exact:
+            warn_once(self, _UNKNOWN_PADDING)
+        return None
 
     def _nystrom(
         self,
@@ -294,10 +314,10 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         v: Tensor,
         ignored: Tensor | None,
         ignored_queries: Tensor | None,
-        dropout_p: float,
         need_weights: bool,
+        average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """-> (N, H, L, d) and, with need_weights, the weights (N, H, L, S) that gave it."""
+        """-> (N, H, L, d) and, with need_weights, the matrix behind it, (N, L, S) or (N, H, L, S), without dropout."""
         options: dict[str, Any] = {
             "query_padding_mask": ignored_queries,
             "num_landmarks": self.num_landmarks,
@@ -305,15 +325,15 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             "coefficient": self.coefficient,
             "window": self.window,
             "pinned": self.pinned,
-            "dropout_p": dropout_p,
+            "self_attention": False,  # the masks say it
         }
+        conv_weight = None if self.conv is None else self.conv.weight
+        dropout_p = self.dropout if self.training else 0.0
+        out = nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, dropout_p=dropout_p, **options)
         if not need_weights:
-            conv_weight = None if self.conv is None else self.conv.weight
-            return nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options), None
-        if not torch.compiler.is_compiling():  # a warning would break the graph
-            _warn_approximate_weights()
-        weights = nystrom_attention_weights(q, k, ignored, **options)
-        return weights @ zero(v, ignored), weights
+            return out, None
+        warn_once(NystromMultiheadAttention, _APPROXIMATE_WEIGHTS)
+        return out, nystrom_attention_weights(q, k, ignored, average_heads=average_attn_weights, **options)
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, masked: bool, need_weights: bool, average_attn_weights: bool
@@ -333,12 +353,3 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         if weights is not None:
             weights = weights.masked_fill(padding[:, :, None] if weights.dim() == 3 else padding[:, None, :, None], 0)
         return torch._nested_tensor_from_mask(out, ~padding), weights
-
-
-@functools.cache
-def _warn_approximate_weights() -> None:
-    warnings.warn(
-        "NystromMultiheadAttention: need_weights=True costs O(L * S) beyond num_landmarks tokens, and the weights are "
-        "approximate (entries may be negative, rows need not sum to 1); need_weights=False costs O(L + S)",
-        stacklevel=7,  # past the hook-calling frames of nn.Module
-    )

@@ -106,9 +106,15 @@ def nystrom_attention(
     enable_gqa: bool = False,
     window: int = 0,
     pinned: int = 0,
+    self_attention: bool | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """As :func:`nystrom_ext.nystrom_attention`; dropout needs ``rng_state``, int64 (2,): seed and offset."""
+    if query is key if self_attention is None else self_attention:
+        key_padding_mask, query_padding_mask = (
+            query_padding_mask if key_padding_mask is None else key_padding_mask,
+            key_padding_mask if query_padding_mask is None else query_padding_mask,
+        )
     (B, H, L, d), S, m = query.shape, key.shape[2], num_landmarks
     scale = d**-0.5 if scale is None else scale
     if enable_gqa:

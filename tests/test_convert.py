@@ -147,7 +147,7 @@ def test_revert_refuses_what_changed_since():
     convert_(model)
     model[1].__class__ = type("Changed", (NystromMultiheadAttention,), {})
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="cannot revert a module whose class became Changed after conversion"):
+    with pytest.raises(RuntimeError, match="cannot revert .1., whose class became Changed after conversion"):
         revert_(model)
     assert snapshot(model) == before  # nothing done by half
 
@@ -287,7 +287,9 @@ def test_options_of_single_layers(options_for):
     assert (block.num_landmarks, block.window, block.pinned) == (5, 0, 1)
 
     lines = str(report).splitlines()
-    assert any(line.endswith(" converted (num_landmarks=3, window=2)") for line in lines)
+    assert any(
+        line.endswith(" converted (num_landmarks=3, window=2); refuses attn_mask beyond 3 tokens") for line in lines
+    )
     assert "num_landmarks=5" in lines[-1] and "window=0" in lines[-1]
     data, again = json.loads(json.dumps(report.to_dict())), zoo()
     assert convert_(again, **data["options"]).options == data["options"]
@@ -303,7 +305,7 @@ def test_report():
     lines = str(report).splitlines()
     assert len(lines) == 7
     assert "1 converted, 5 skipped (num_landmarks=5" in lines[-1]
-    assert any(line.split() == ["block.attention", "converted"] for line in lines)
+    assert any(line.split() == "block.attention converted; refuses attn_mask beyond 5 tokens".split() for line in lines)
     assert any(line.startswith("encoder.layers.0.self_attn ") and "skipped: in exclude" in line for line in lines)
     assert "(the model itself)" in str(convert_(nn.MultiheadAttention(E, H)))
 

@@ -105,7 +105,7 @@ def test_exact_regime_by_either_length():
     added = make(add_zero_attn=True, batch_first=True)  # the added key counts: 7 > 6
     x = torch.randn(N, 40, E, dtype=f64)
     with pytest.raises(NotImplementedError, match="S=7"):
-        added(x, x[:, :M], x[:, :M], attn_mask=torch.zeros(40, M))
+        added(x, x[:, :M], x[:, :M], attn_mask=torch.ones(40, M))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

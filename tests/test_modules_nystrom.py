@@ -9,7 +9,7 @@ from module_problems import INF, E, H, L, M, N, S, compose, f64, gradients, make
 from torch import nn
 from torch.testing import assert_close
 
-from nystrom_ext import modules
+from nystrom_ext import _warnings
 from nystrom_ext.modules import NystromMultiheadAttention
 
 NYSTROM_VARIANTS = [
@@ -108,7 +108,7 @@ def test_weights_give_the_output(variant, dropout):
 
 def test_weights_warn_once():
     m, x = make(), torch.randn(L, E, dtype=f64)
-    modules._warn_approximate_weights.cache_clear()
+    _warnings._given.clear()
     with pytest.warns(UserWarning, match=r"O\(L \* S\)") as caught:
         m(x, x, x)
     assert caught[0].filename == __file__

@@ -1,0 +1,102 @@
+"""Which modules of a model are attention, which of them a conversion takes, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ._causal import causal_by_mask
+from ._choice import Pattern, matches
+from ._patches import own_forward
+from ._swap import is_ours, written_class
+from .modules import NystromMultiheadAttention, Options, added_keys
+
+# Libraries whose attention can be converted: they come into play when a model has classes of theirs.
+_LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
+
+_AFTER_TARGETS = (
+    "cross-attention of nn.TransformerDecoderLayer: query landmarks average over later targets; where the decoder may "
+    "see those, name it in include"
+)
+
+
+def integrations_of(modules: Iterable[nn.Module]) -> list[Any]:
+    libraries = {cls.__module__.partition(".")[0] for module in modules for cls in type(module).__mro__}
+    names = [integration for library, integration in _LIBRARIES.items() if library in libraries]
+    return [importlib.import_module(f"{__package__}.integrations.{name}") for name in names]
+
+
+def swaps_of(integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
+    """Stock class -> our subclass of it."""
+    swaps: dict[type[nn.Module], Any] = {nn.MultiheadAttention: NystromMultiheadAttention}
+    for integration in integrations:
+        swaps |= integration.SWAPS
+    return swaps
+
+
+def find(modules: dict[str, nn.Module], integrations: Iterable[Any]) -> dict[str, str | None]:
+    """Qualified names of all attention modules, in the model's order -> None, or why one is never converted."""
+    found: dict[str, str | None] = {}
+    for integration in integrations:
+        found |= integration.find(modules)
+    decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
+    causal = {m for layer in decoder_layers for m in layer.self_attn.modules()}  # within an adapter's wrapper as well
+    for stock, ours in swaps_of(integrations).items():
+        for name, module in modules.items():
+            if not isinstance(module, stock):
+                continue
+            cls = type(module)
+            special = written_class(module) is not stock and not isinstance(module, ours)
+            reason = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour" if special else None
+            found[name] = "self-attention of nn.TransformerDecoderLayer, causal by use" if module in causal else reason
+    for name in [name for name, reason in found.items() if reason is None]:
+        if (patch := own_forward(modules[name])) is not None:
+            found[name] = f"its forward was replaced by {patch}, which conversion does not reach; convert before that"
+    return {name: found[name] for name in modules if name in found}
+
+
+def skipped(
+    modules: dict[str, nn.Module],
+    found: dict[str, str | None],
+    include: Pattern | Sequence[Pattern] | None,
+    exclude: Pattern | Sequence[Pattern] | None,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> dict[str, str]:
+    """Qualified name -> reason, of the attention modules that are not to be converted."""
+    unless_included = _unless_included(modules) if include is None else {}
+    result = {}
+    for name, reason in found.items():
+        if include is not None and not matches(modules, name, include):
+            result[name] = "not in include"
+        elif exclude is not None and matches(modules, name, exclude):
+            result[name] = "in exclude"
+        elif filter_fn is not None and not filter_fn(modules[name], name):
+            result[name] = "filter_fn returned False"
+        elif reason is not None:
+            result[name] = reason
+        elif name in unless_included and not is_ours(modules[name]):
+            result[name] = unless_included[name]
+    return result
+
+
+def _unless_included(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """What is converted only where ``include`` names it: qualified name -> reason."""
+    decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
+    after_targets = {m for layer in decoder_layers for m in layer.multihead_attn.modules()}
+    return causal_by_mask(modules) | {name: _AFTER_TARGETS for name, m in modules.items() if m in after_targets}
+
+
+def takes(options: Options, module: nn.Module) -> bool:
+    """Whether the module can have the options: added keys go with neither window nor pinned tokens."""
+    extended = options.window or options.pinned
+    return not (extended and isinstance(module, nn.MultiheadAttention) and added_keys(module))
+
+
+def refusals(options: Options, module: nn.Module) -> str | None:
+    """What the converted module will refuse, in calls that the model may or may not make."""
+    if isinstance(module, nn.MultiheadAttention) and options.unsupported_mask == "error":
+        return f"refuses attn_mask beyond {options.num_landmarks} tokens"
+    return None
