@@ -10,9 +10,10 @@ from torch import nn
 
 from ._causal import causal_by_mask
 from ._choice import Pattern, matches
+from ._masks import added_keys
 from ._patches import own_forward
 from ._swap import is_ours, written_class
-from .modules import NystromMultiheadAttention, Options, added_keys
+from .modules import NystromMultiheadAttention, Options
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
 _LIBRARIES = {"transformers": "pretrained", "timm": "timm"}

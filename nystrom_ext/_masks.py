@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Entries of a floating-point key_padding_mask up to this mean "ignore": -inf, finfo.min, -1e9 and the customary -1e4.
 IGNORE_THRESHOLD = -1e4
+
+
+def added_keys(module: nn.MultiheadAttention) -> int:
+    """How many keys ``add_bias_kv`` and ``add_zero_attn`` add."""
+    return (module.bias_k is not None) + module.add_zero_attn
 
 
 def zero(x: Tensor, ignored: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 # Options that decide how a module or an integration calls the operator, which does not know them.
-CALLERS = ("unsupported_mask", "self_attention", "need_weights")
+CALLERS = ("unsupported_mask", "self_attention", "need_weights", "unpad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Options:
     pinned: int = 0
     self_attention: bool | None = None
     need_weights: str = "on_request"
+    unpad: bool = False  # of nn.MultiheadAttention alone: the others' projections are not in our hands
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -62,6 +63,8 @@ class Options:
                 f"self_attention must be None, True or False, got {self.self_attention!r}; True says that queries and "
                 f"keys are the same tokens, None finds it out where one tensor is passed as both"
             )
+        if not isinstance(self.unpad, bool):
+            raise ValueError(f"unpad must be True or False, got {self.unpad!r}; True drops padded tokens")
         if self.need_weights not in ("on_request", "never"):
             raise ValueError(
                 f'need_weights must be "on_request" or "never", got {self.need_weights!r}; "never" returns None '

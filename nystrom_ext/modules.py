@@ -14,8 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attention import ValueConvolution, exact_attention, same_tensor
-from ._masks import IGNORE_THRESHOLD, additive_mask, check_key_mask, key_mask, masks_nothing, query_mask, zero
+from ._masks import (
+    IGNORE_THRESHOLD,
+    added_keys,
+    additive_mask,
+    check_key_mask,
+    key_mask,
+    masks_nothing,
+    query_mask,
+    zero,
+)
 from ._options import Options, count
+from ._packed import nested, unpadded
 from ._tracing import fx_leaf
 from ._warnings import warn_once
 from .functional import nystrom_attention, nystrom_attention_weights
@@ -45,11 +55,6 @@ def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     instead of calling it. At module level, so that copies and pickles keep it."""
 
 
-def added_keys(module: nn.MultiheadAttention) -> int:
-    """How many keys ``add_bias_kv`` and ``add_zero_attn`` add."""
-    return (module.bias_k is not None) + module.add_zero_attn
-
-
 class NystromMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with Nyström attention: same parameters, state_dict, initial values and ``forward``.
 
@@ -73,6 +78,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             twice, refuses L != S; False is cross-attention.
         need_weights: ``"never"`` returns None instead of the weights even to callers who leave ``need_weights`` at its
             default of True, which costs O(L S).
+        unpad: drop padded tokens before the projections in self-attention with a ``key_padding_mask`` beyond m tokens,
+            as users of flash-attn do by hand: the same results, in less time where much is padding. Waits for a GPU.
         unsupported_mask: for calls with ``attn_mask`` (so also ``is_causal``) beyond m tokens: ``"error"`` raises
             NotImplementedError, ``"exact"`` computes exact attention.
     The other arguments are those of `nn.MultiheadAttention`.
@@ -86,6 +93,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     pinned: int
     self_attention: bool | None
     need_weights: str
+    unpad: bool
     conv: ValueConvolution | None
 
     def __init__(
@@ -111,6 +119,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         pinned: int = 0,
         self_attention: bool | None = None,
         need_weights: str = "on_request",
+        unpad: bool = False,
     ) -> None:
         options = Options(
             num_landmarks=num_landmarks,
@@ -121,6 +130,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             pinned=pinned,
             self_attention=self_attention,
             need_weights=need_weights,
+            unpad=unpad,
         )
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
@@ -192,13 +202,16 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = query_padding_mask
         if query.is_nested or key.is_nested or value.is_nested:
             masked = any(mask is not None for mask in (key_padding_mask, attn_mask, query_padding_mask))
-            return self._forward_nested(query, key, value, masked, need_weights, average_attn_weights)
+            return nested(self, query, key, value, masked, need_weights, average_attn_weights)
         batched = _F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
             )
+        if self.unpad and not need_weights and key_padding_mask is not None and query_padding_mask is None:
+            if (out := unpadded(self, query, key, value, key_padding_mask, attn_mask)) is not None:
+                return out, None
         q, k, v = self._project(query, key, value)
         kpm = key_mask(key_padding_mask, k, added_keys(self))
         ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
@@ -318,38 +331,22 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """-> (N, H, L, d) and, with need_weights, the matrix behind it, (N, L, S) or (N, H, L, S), without dropout."""
-        options: dict[str, Any] = {
-            "query_padding_mask": ignored_queries,
+        options = {**self.attention_options(), "query_padding_mask": ignored_queries, "self_attention": False}
+        conv_weight = None if self.conv is None else self.conv.weight
+        out = nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options)
+        if not need_weights:
+            return out, None
+        warn_once(NystromMultiheadAttention, _APPROXIMATE_WEIGHTS)
+        options["dropout_p"] = 0.0
+        return out, nystrom_attention_weights(q, k, ignored, average_heads=average_attn_weights, **options)
+
+    def attention_options(self) -> dict[str, Any]:
+        """Options of the operator, without masks."""
+        return {
             "num_landmarks": self.num_landmarks,
             "pinv_iterations": self.pinv_iterations,
             "coefficient": self.coefficient,
             "window": self.window,
             "pinned": self.pinned,
-            "self_attention": False,  # the masks say it
+            "dropout_p": self.dropout if self.training else 0.0,
         }
-        conv_weight = None if self.conv is None else self.conv.weight
-        dropout_p = self.dropout if self.training else 0.0
-        out = nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, dropout_p=dropout_p, **options)
-        if not need_weights:
-            return out, None
-        warn_once(NystromMultiheadAttention, _APPROXIMATE_WEIGHTS)
-        return out, nystrom_attention_weights(q, k, ignored, average_heads=average_attn_weights, **options)
-
-    def _forward_nested(
-        self, query: Tensor, key: Tensor, value: Tensor, masked: bool, need_weights: bool, average_attn_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pads, computes with a mask, and returns a NestedTensor; weights stay padded, with zeros."""
-        same = query is key and key is value
-        if not same or query.layout != torch.strided or query.dim() != 3 or not self.batch_first or masked:
-            raise AssertionError(
-                "NystromMultiheadAttention does not support NestedTensor outside of strided 3-D self-attention in a "
-                f"batch_first module without masks, got {query.dim()}-D query of layout {query.layout}, "
-                f"query is key is value: {same}, batch_first={self.batch_first}, masks: {masked}; pad it and pass "
-                "key_padding_mask"
-            )
-        x = query.to_padded_tensor(0.0)
-        padding = torch.arange(x.shape[1], device=x.device) >= query._nested_tensor_size()[:, :1].to(x.device)
-        out, weights = self.forward(x, x, x, padding, need_weights, average_attn_weights=average_attn_weights)
-        if weights is not None:
-            weights = weights.masked_fill(padding[:, :, None] if weights.dim() == 3 else padding[:, None, :, None], 0)
-        return torch._nested_tensor_from_mask(out, ~padding), weights

@@ -92,18 +92,16 @@ def test_weights_give_the_output(variant, dropout):
     _, v = compose(m, x, x, x, kpm, kpm)
     assert weights.shape == (N, H, L, v.shape[2])
     assert not weights[1, :, :, 13:20].any() and not weights[1, :, 13:].any()
+    if dropout:  # of the output, not of the weights
+        assert not torch.equal(out, m(x, x, x, key_padding_mask=kpm)[0])
+        m.eval()
+        out = m(x, x, x, key_padding_mask=kpm)[0]
     heads = weights @ v
     if m.conv is not None:
         heads = heads + m.conv(v, kpm, kpm)
     assert_close(out, m.out_proj(heads.transpose(1, 2).flatten(2)))
-    if dropout:
-        assert not torch.equal(out, m(x, x, x, key_padding_mask=kpm)[0])
-        m.eval()
-        out = m(x, x, x, key_padding_mask=kpm)[0]
-    else:
-        average = m(x, x, x, key_padding_mask=kpm)[1]
-        assert_close(average, weights.mean(1))
-    assert_close(out, m(x, x, x, key_padding_mask=kpm, need_weights=False)[0])
+    assert torch.equal(out, m(x, x, x, key_padding_mask=kpm, need_weights=False)[0])
+    assert_close(m(x, x, x, key_padding_mask=kpm)[1], weights.mean(1))
 
 
 def test_weights_warn_once():
@@ -244,6 +242,59 @@ def test_nested(num_landmarks, training):
         assert not weights[i, len(x) :].any() and not weights[i, :, len(x) :].any()
     out.to_padded_tensor(0.0).square().sum().backward()
     assert nested.grad.is_nested and m.in_proj_weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("num_landmarks", [64, M], ids=["exact", "nystrom"])
+@pytest.mark.parametrize("variant", [{}, {"window": 2, "pinned": 1}, {"conv_kernel_size": 3}], ids=str)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_runs_packed(num_landmarks, variant, layout, monkeypatch):
+    m = make(num_landmarks, batch_first=True, **variant)
+    sequences = [torch.randn(n, E, dtype=f64) for n in (20, 0, 13, 5)]
+    nested = torch.nested.nested_tensor(sequences, layout=layout, requires_grad=True)
+    monkeypatch.setattr(torch.Tensor, "to_padded_tensor", None)
+    out, weights = m(nested, nested, nested, need_weights=False)
+    assert weights is None and out.is_nested and out.layout == layout
+    parts = out.unbind()
+    for part, x in zip(parts, sequences, strict=True):
+        if len(x):
+            assert_close(part, m(x, x, x, need_weights=False)[0])
+    torch.autograd.grad(sum(part.square().sum() for part in parts), [nested, m.in_proj_weight])
+
+
+# ---------------------------------------------------------------------------------------------------------------- unpad
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("variant", [{}, {"window": 2, "pinned": 1}, {"conv_kernel_size": 3}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_unpad_changes_nothing_but_time(batch_first, variant, tensors):
+    m = make(batch_first=batch_first, self_attention=None if tensors == 1 else True, **variant)
+    x = torch.randn(N, L, E, dtype=f64)
+    kpm = padding(L, 20, 13, 5)
+    run = lambda kpm: (  # noqa: E731
+        out := m(*(x if tensors == 1 else x.clone() for _ in range(3)), key_padding_mask=kpm, need_weights=False)[0],
+        gradients(m, out),
+    )
+    if not batch_first:
+        x = x.transpose(0, 1)
+    expected = run(kpm)
+    m.unpad = True
+    for mask in (kpm, torch.zeros(N, L, dtype=f64).masked_fill(kpm, -INF)):
+        assert_close(run(mask), expected)
+    everything = run(torch.ones_like(kpm))[0]
+    assert_close(everything, m.out_proj(torch.zeros_like(everything)))
+
+
+def test_unpad_drops_tokens_before_the_projections(monkeypatch):
+    m, x, kpm = make(batch_first=True, unpad=True), torch.randn(N, L, E, dtype=f64), padding(L, 20, 13, 5)
+    rows = []
+    inner = m._in_projection
+    monkeypatch.setattr(m, "_in_projection", lambda *x: (rows.append(x[0].shape), inner(*x))[1])
+    m(x, x, x, key_padding_mask=kpm, need_weights=False)
+    m(x, x, x, key_padding_mask=kpm)  # weights
+    m(x[:, :M], x[:, :M], x[:, :M], key_padding_mask=kpm[:, :M], need_weights=False)  # exact
+    assert rows == [(38, E), (N, L, E), (N, M, E)]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
