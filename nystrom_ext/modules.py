@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._attention import IGNORE_THRESHOLD, ValueConvolution, check_key_mask, exact_attention, same_tensor, zero
 from ._options import Options, count
+from ._tracing import refuse_script
 from .functional import nystrom_attention, nystrom_attention_weights
 
 _F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
@@ -67,6 +68,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     self_attention: bool | None
     need_weights: str
     conv: ValueConvolution | None
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
