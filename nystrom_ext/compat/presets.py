@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +132,8 @@ def attention(
         options: the implementation's own: ``seq_len`` (official, official_exact, huggingface), the *configured* length,
             default L, exact attention if it equals m; ``scale`` (t2t); ``eps`` (lucidrains); ``causal``,
             ``use_razavi_pinverse``, ``pinverse_original_init``, ``landmark_pooling`` (xformers); ``kappa_star``
-            (flashnystrom).
+            (flashnystrom). Where S > num_landmarks, ``causal`` lets the future through and drops the
+            values after the first num_landmarks; it warns of that once.
 
     Returns:
         (B, H, L, e). Left out are what surrounds it, such as the ``+ v`` of t2t.
@@ -144,6 +147,8 @@ def attention(
     options = _options(name, which, options)
     _check_tensors(name, which, query, key, value, mask)
     _check_lengths(name, which, query.shape[-2], key.shape[-2], m, options)
+    if options.get("causal") and not _is_exact(which, key.shape[-2], m, options) and not torch.compiler.is_compiling():
+        _warn_of_leak()  # a warning would break the graph
     conv_weight = None if conv_weight is None else _taps(name, conv_weight, query, key)
     padding = -query.shape[-2] % m if which.cut == "pad" else 0
     if padding:
@@ -156,6 +161,16 @@ def attention(
     else:
         out = _in_pytorch(which, query, key, value, mask, m, pinv_iterations, conv_weight, options)
     return out[..., padding:, :]
+
+
+@functools.cache
+def _warn_of_leak() -> None:
+    warnings.warn(
+        "xformers' NystromAttention with causal=True is not causal beyond num_landmarks tokens: results depend on "
+        "later queries and keys, and of the values on the first num_landmarks alone; raise num_landmarks to the length "
+        "for exact causal attention",
+        stacklevel=3,
+    )
 
 
 def _in_pytorch(
