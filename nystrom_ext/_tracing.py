@@ -20,7 +20,7 @@ def refuse_script(module: nn.Module) -> NoReturn:
 
 def is_traced(module: nn.Module, x: Any) -> bool:
     """Whether `torch.fx` is tracing a model around ``module``, which then answers with :func:`leaf`."""
-    return isinstance(x, Proxy) and x.tracer.root is not module
+    return isinstance(x, Proxy) and getattr(x.tracer, "root", module) is not module
 
 
 def leaf(module: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Proxy:
