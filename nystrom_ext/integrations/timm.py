@@ -89,21 +89,21 @@ class _Nystrom(nn.Module):
     def _project(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         """One projection or three; `EvaAttention` keeps the bias of its one projection apart."""
         if self.qkv is None:
-            return tuple(self._heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+            heads = getattr(self, "num_kv_heads", self.num_heads)
+            k, v = _split(self.k_proj(x), heads), _split(self.v_proj(x), heads)
+            return _split(self.q_proj(x), self.num_heads), k, v
         if getattr(self, "q_bias", None) is None:
             qkv = self.qkv(x)
         else:
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
             qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-        return tuple(self._heads(y) for y in qkv.chunk(3, -1))
-
-    def _heads(self: Any, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return tuple(_split(y, self.num_heads) for y in qkv.chunk(3, -1))
 
     def _rotate(self: Any, x: Tensor, rope: Tensor) -> Tensor:
         """x (B, H, N, d) with rotary positions in all tokens but the class and register tokens in front."""
         first, rest = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        return torch.cat([first, apply_rot_embed_cat(rest, rope, half=getattr(self, "rotate_half", False))], 2)
+        layout = {"half": True} if getattr(self, "rotate_half", False) else {}  # early releases lack it
+        return torch.cat([first, apply_rot_embed_cat(rest, rope, **layout)], 2)
 
 
 class NystromTimmAttention(Attention, _Nystrom):
@@ -152,6 +152,11 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     AttentionRope: NystromTimmAttentionRope,
     EvaAttention: NystromTimmEvaAttention,
 }
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H d) -> (B, H, N, d)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def masks_nothing(mask: Tensor) -> bool:
