@@ -42,7 +42,7 @@ endef
 test-timm: build
 	@echo "== installing timm and torchvision into $(VENV)/timm"
 	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/timm timm torchvision==0.28.0
-	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_readme.py $(ARGS)
+	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_timm_rope.py tests/test_readme.py $(ARGS)
 
 # The CUDA kernels' source on the CPU: the operator's tests, races, bounds. Needs the CUDA toolkit's headers and no GPU.
 test-simt: build

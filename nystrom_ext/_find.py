@@ -16,7 +16,7 @@ from ._swap import is_ours, written_class
 from .modules import NystromMultiheadAttention, Options
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
-_LIBRARIES = {"transformers": "pretrained", "timm": "timm"}
+_LIBRARIES = {"timm": "timm", "transformers": "pretrained"}
 
 _AFTER_TARGETS = (
     "cross-attention of nn.TransformerDecoderLayer: query landmarks average over later targets; where the decoder may "

@@ -1,12 +1,23 @@
-"""Modules of ours in graphs of torch.fx."""
+"""What `torch.jit.script` and `torch.fx` find in our modules instead of a ``forward`` that they cannot read."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+from torch import nn
 from torch.fx import Proxy
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """As a class's ``__prepare_scriptable__`` it runs first, also where `torch.jit.script` is given a model around it:
+    the compiler's own error is about a line of our source."""
+    name = type(module).__name__
+    raise NotImplementedError(
+        f"torch.jit.script does not support {name}; use torch.export.export or torch.compile, or script the stock "
+        f"model, after nystrom_ext.revert_(model) if it was converted"
+    )
 
 
 def fx_leaf(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ._advice import unknown_attention
 from ._choice import OptionsFor, Pattern, build, check_used, own_options
 from ._find import find, integrations_of, refusals, skipped, swaps_of, takes
 from ._report import Report
@@ -147,7 +148,8 @@ def _nothing(model: nn.Module, modules: dict[str, nn.Module], found: Mapping[str
     listing = "".join(f"\n  {name or '(the model itself)'}: {reason}" for name, reason in left.items())
     stock = sum(isinstance(modules[name], nn.MultiheadAttention) for name in found)
     others = f" and {len(found) - stock} other attention modules" if len(found) > stock else ""
+    unknown = unknown_attention(modules, found)
+    advice = unknown if not found and unknown else "Change include, exclude or filter_fn, or pass strict=False"
     return (
-        f"nothing to convert in {type(model).__name__}, {stock} nn.MultiheadAttention{others} found{listing}\n"
-        f"Change include, exclude or filter_fn, or pass strict=False"
+        f"nothing to convert in {type(model).__name__}, {stock} nn.MultiheadAttention{others} found{listing}\n{advice}"
     )

@@ -26,7 +26,7 @@ from ._masks import (
 )
 from ._options import Options, count
 from ._packed import nested, unpadded
-from ._tracing import fx_leaf
+from ._tracing import fx_leaf, refuse_script
 from ._warnings import warn_once
 from .functional import nystrom_attention, nystrom_attention_weights
 
@@ -95,6 +95,8 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
     need_weights: str
     unpad: bool
     conv: ValueConvolution | None
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

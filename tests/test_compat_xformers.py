@@ -7,12 +7,13 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 from compat_problems import TAPS, H, assert_same, keep_mask, tensors
 from peers.formulas import additive, released
 from torch import nn
 from torch.testing import assert_close
 
-from nystrom_ext import compat
+from nystrom_ext import _warnings, compat
 from nystrom_ext.compat.xformers import NystromAttention, install
 
 
@@ -72,6 +73,42 @@ def test_xformers_class_keeps_modules_and_state():
     assert_close(causal(*map(folded, qkv)), folded(expected))
     exact = NystromAttention(0.0, H, 8, use_razavi_pinverse=False)
     assert_close(exact(*map(folded, qkv)), folded(released("xformers", *qkv, 8, use_razavi_pinverse=False)))
+
+
+@pytest.mark.parametrize("by", ["class", "function"])
+def test_causal_warns_once_that_it_lets_the_future_through(by, recwarn):
+    _warnings._given.clear()
+    *qkv, _ = tensors(12)
+    module = NystromAttention(0.0, H, causal=True).double()
+
+    def call(m, q, k, v):
+        if by == "function":
+            return compat.attention("xformers", q, k, v, num_landmarks=m, causal=True)
+        module.num_landmarks = m
+        return module(*map(folded, (q, k, v))).unflatten(0, q.shape[:2])
+
+    def first_half_moves(m, which):
+        later = [x.clone() for x in qkv]
+        later[which][:, :, 6:] += torch.randn(later[which][:, :, 6:].shape)
+        return not torch.equal(call(m, *later)[:, :, :6], call(m, *qkv)[:, :, :6])
+
+    assert not any(first_half_moves(12, which) for which in range(3)) and not recwarn.list
+    assert [first_half_moves(4, which) for which in range(3)] == [True, True, False]
+    cut = qkv[2].masked_fill(torch.arange(12)[:, None] >= 4, 0)
+    assert torch.equal(call(4, *qkv[:2], cut), call(4, *qkv))  # values after the first m are never read
+    assert [str(warning.message).split(":")[0] for warning in recwarn] == [
+        "xformers' NystromAttention with causal=True is not causal beyond num_landmarks tokens"
+    ]
+    _warnings._given.clear()
+    NystromAttention(0.0, H, 4).double()(*map(folded, qkv))
+    assert len(recwarn) == 1
+
+
+def test_scripting_is_refused_in_one_sentence():
+    with pytest.raises(
+        NotImplementedError, match=r"^torch.jit.script does not support NystromAttention; use torch.exp"
+    ):
+        torch.jit.script(nn.Sequential(NystromAttention(0.0, H)))
 
 
 @pytest.mark.parametrize("found", ["nothing", "a module without the class", "the class"])

@@ -8,7 +8,7 @@ import torch
 from module_problems import INF, E, L, M, N, f64, make, outcome, padding
 from torch.testing import assert_close
 
-from nystrom_ext import modules
+from nystrom_ext import convert_, modules, revert_
 
 
 def test_copies():
@@ -123,3 +123,20 @@ def test_compiled_views_of_one_tensor_are_refused():
         assert_close(compiled(exact, key_padding_mask=mask), call(exact, key_padding_mask=mask))
     compiled = torch.compile(of_one_tensor, backend="eager", fullgraph=True)
     assert_close(compiled(m, key_padding_mask=mask), of_views(m, key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("form", ["module", "constructed", "converted"])
+def test_scripting_is_refused_in_one_sentence(form):
+    """The compiler's own error is "Unknown type annotation: 'int'"."""
+    layer = torch.nn.TransformerEncoderLayer(E, 2, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    if form == "converted":
+        convert_(model)
+    if form == "constructed":
+        model.layers[0].self_attn = make(batch_first=True)
+    scripted = make() if form == "module" else model
+    with pytest.raises(NotImplementedError, match="^torch.jit.script does not support NystromMulti.*converted$"):
+        torch.jit.script(scripted)
+    if form == "converted":
+        revert_(model)
+        torch.jit.script(model)

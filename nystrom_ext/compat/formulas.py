@@ -156,7 +156,8 @@ def xformers(
 ) -> tuple[Tensor, Tensor]:
     """xformers.components NystromAttention up to 0.0.28. mask (B, S) is bool, True = keep, or holds 0 and -inf.
 
-    ``causal`` compares the index of a landmark with the index of a token, so that it lets the future through.
+    ``causal`` compares the index of a landmark with the index of a token, so that it lets the future through
+    and never reads the values of tokens after the first m.
     """
     S, scale = k.shape[-2], q.shape[-1] ** -0.5
     bias: Bias = 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._warnings import warn_once
 from ..functional import nystrom_attention
 from . import formulas
 
@@ -43,6 +44,12 @@ IMPLEMENTATIONS = {
     "flashnystrom": Implementation(formulas.flashnystrom, "last", "per_head", takes_mask=False),
 }
 ALIASES = {"hf": "huggingface"}
+
+_LEAKS = (
+    "xformers' NystromAttention with causal=True is not causal beyond num_landmarks tokens: results depend on later "
+    "queries and keys, and of the values on the first num_landmarks alone; raise num_landmarks to the length for exact "
+    "causal attention"
+)
 
 
 def preset(
@@ -130,7 +137,8 @@ def attention(
         options: the implementation's own: ``seq_len`` (official, official_exact, huggingface), the *configured* length,
             default L, exact attention if it equals m; ``scale`` (t2t); ``eps`` (lucidrains); ``causal``,
             ``use_razavi_pinverse``, ``pinverse_original_init``, ``landmark_pooling`` (xformers); ``kappa_star``
-            (flashnystrom).
+            (flashnystrom). Where S > num_landmarks, ``causal`` lets the future through and drops the
+            values after the first num_landmarks; it warns of that once.
 
     Returns:
         (B, H, L, e). Left out are what surrounds it, such as the ``+ v`` of t2t.
@@ -144,6 +152,8 @@ def attention(
     options = _options(name, which, options)
     _check_tensors(name, which, query, key, value, mask)
     _check_lengths(name, which, query.shape[-2], key.shape[-2], m, options)
+    if options.get("causal") and not _is_exact(which, key.shape[-2], m, options):
+        warn_once(attention, _LEAKS)
     conv_weight = None if conv_weight is None else _taps(name, conv_weight, query, key)
     padding = -query.shape[-2] % m if which.cut == "pad" else 0
     if padding:

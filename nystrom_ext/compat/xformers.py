@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._tracing import refuse_script
 from .presets import attention
 
 
@@ -26,7 +27,8 @@ class NystromAttention(nn.Module):
         dropout: acts on the result.
         num_heads: only used by the convolution.
         landmark_pooling: module (N, n, d) -> (N, num_landmarks, d); default segment means.
-        causal: kept for its results; it lets the future through.
+        causal: kept for its results: beyond num_landmarks tokens it lets the future through and drops the values after
+            the first num_landmarks, of which it warns once.
         use_razavi_pinverse: Newton-Schulz with ``inv_iterations``; False: `torch.linalg.pinv`.
         pinverse_original_init: one start for the whole batch, which couples its samples.
         v_skip_connection: module (B, num_heads, n, d) -> same shape, added to the result.
@@ -41,6 +43,8 @@ class NystromAttention(nn.Module):
     requires_squared_context = False
     supports_attention_mask = False
     supports_key_padding_mask = True
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
