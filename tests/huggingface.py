@@ -44,6 +44,15 @@ OTHER_MODELS = {
 MODELS = TEXT_MODELS | OTHER_MODELS
 
 
+LLAMA = TEXT | {"num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
+# Decoders that are used as encoders.
+BIDIRECTIONAL = {
+    "llama": lambda **options: T.LlamaModel(T.LlamaConfig(**LLAMA, **options)),
+    "qwen3": lambda **options: T.Qwen3Model(T.Qwen3Config(**LLAMA, **options)),
+    "mistral": lambda **options: T.MistralModel(T.MistralConfig(**LLAMA, sliding_window=None, **options)),
+}
+
+
 def build(name, implementation="sdpa"):
     """The same weights every time, large enough that the attention is far from uniform."""
     torch.manual_seed(0)

@@ -88,8 +88,8 @@ class Call:
         L, S = self.query.shape[2], self.key.shape[2]
         if options.self_attention and L != S:
             raise ValueError(
-                f"Nyström attention in {type(self.module).__name__}: self_attention=True needs as many queries as keys, "
-                f"got {L} and {S}; leave the option out, or this layer"
+                f"Nyström attention in {type(self.module).__name__}: self_attention=True needs as many queries as "
+                f"keys, got {L} and {S}; leave the option out, or this layer"
             )
         if options.self_attention is not None or L != S:
             return bool(options.self_attention)
@@ -136,12 +136,9 @@ class Call:
         return self._refusal_of_a_window(options)
 
     def _refusal_of_a_window(self, options: Options) -> Refusal | None:
-        packed = self.packed
+        itself, packed = self.same_tokens(options), self.packed
         longest = (self.query.shape[2], self.key.shape[2]) if packed is None else (packed.longest_q, packed.longest_k)
-        if min(longest) <= options.num_landmarks or not (options.window or options.pinned):
-            return None
-        itself = self.same_tokens(options)
-        if itself:
+        if itself or min(longest) <= options.num_landmarks or not (options.window or options.pinned):
             return None
         doubt = f" (where queries and keys are the same tokens, {_SAY_SO} says so)" if itself is None else ""
         window = f"window={options.window} and pinned={options.pinned}"

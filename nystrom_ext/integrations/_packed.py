@@ -73,9 +73,9 @@ def find(
     Args:
         query, key: (B, H, L, d), (B, H_kv, S, d).
         mask: None or 4-D, bool with True = keep or additive.
-        causal: whether the call is. transformers' causal masks have heeded the positions already.
-        arguments: the call's keyword arguments. Positions are read, which on a GPU waits for it, in bidirectional
-            batches of one that are not being compiled; elsewhere they are asserted to rise.
+        causal: whether the call is. transformers' causal masks, where there are any, have heeded the positions already.
+        arguments: the call's keyword arguments. Positions are read, which on a GPU waits for it, in batches of one that
+            are not being compiled; elsewhere they are asserted to rise.
 
     Raises:
         NotImplementedError: incomplete offsets, or packed sequences and padding at once.
@@ -94,21 +94,17 @@ def find(
         offsets_q, offsets_k, *longest = given.values()
         return Packed(offsets_q, offsets_k, *(int(x) if isinstance(x, Tensor) else x for x in longest)), None
     positions = arguments.get("position_ids")
-    if causal is not False or positions is None:
+    if positions is None or (causal is not False and mask is not None):
         return None, None
-    return _from_positions(query, key, mask, padding, positions if positions.dim() > 1 else positions[None])
-
-
-def _from_positions(
-    query: Tensor, key: Tensor, mask: Tensor | None, padding: Tensor | None, positions: Tensor
-) -> tuple[Packed | None, str | None]:
+    positions = positions if positions.dim() > 1 else positions[None]
     B, L = len(query), query.shape[2]
     if L == 1 or L != key.shape[2] or positions.shape not in ((1, L), (B, L)) or (B > 1 and mask is not None):
         return None, None  # one new token, or positions in other coordinates, such as those of images
     if B > 1 or _must_not_wait(positions):
         rises, restarts = _kind(positions)
-        fits = rises if mask is None else ~restarts if padding is None else rises | ~_kept(padding).all()
-        torch._assert_async(fits, _UNREAD)
+        if padding is not None:
+            rises = rises | ~_kept(padding).all()
+        torch._assert_async(~restarts if causal is not False or mask is not padding else rises, _UNREAD)
         return None, None
     rises, restarts = _kind(positions if padding is None else positions[_kept(padding)[:, 0, 0]][None])
     rises, restarts = torch.stack([rises, restarts]).tolist()

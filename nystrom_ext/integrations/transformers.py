@@ -65,7 +65,8 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
     Args:
         num_landmarks, options: as for :class:`nystrom_ext.NystromMultiheadAttention`, except ``conv_kernel_size``.
             ``unsupported_mask="exact"`` runs calls that are causal, or have a sliding window or a mask other than
-            padding, through "sdpa" instead of refusing them.
+            padding, through "sdpa" instead of refusing them. ``self_attention=None`` decides by the module's class.
+            There are no weights, which ``need_weights="never"`` says and ``output_attentions=True`` is refused for.
 
     Raises:
         ValueError: bad options, a name that transformers would misunderstand, or one in use for something else.
@@ -83,8 +84,7 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
             f"attn_implementation={name!r} is already registered, for {REGISTERED.get(name, 'something else')}; "
             f"models may be using it, choose another name"
         )
-    REGISTERED[name] = settings
-    _register(name, settings)
+    set_options(name, settings)
 
 
 def check(model: nn.Module) -> list[str]:
@@ -178,7 +178,10 @@ def padding_mask(
     return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, mask_function=mask_function, **kwargs)
 
 
-def _register(name: str, default_options: Options | None) -> None:
+def set_options(name: str, default_options: Options | None) -> None:
+    """:func:`register` without its precautions."""
+    if default_options is not None:
+        REGISTERED[name] = default_options
     AttentionInterface.register(name, functools.partial(attention, default_options=default_options))
     AttentionMaskInterface.register(name, padding_mask)  # without it transformers would drop the padding mask
 
@@ -200,10 +203,10 @@ def _refuse_weights(module: nn.Module, arguments: dict[str, Any]) -> None:
     config = getattr(module, "config", None)
     if arguments.get("output_attentions") or getattr(config, "output_attentions", False):
         raise NotImplementedError(
-            f"Nyström attention in {type(module).__name__}: output_attentions=True asks for weights, and there are none; "
-            f'use attn_implementation="eager" for this model, or need_weights="never" to get an empty tuple'
+            f"Nyström attention in {type(module).__name__}: output_attentions=True asks for weights, and there are none"
+            f'; use attn_implementation="eager" for this model, or need_weights="never" to get an empty tuple'
         )
 
 
 register()
-_register(CONVERTED, None)
+set_options(CONVERTED, None)
