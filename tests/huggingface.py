@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, with inputs, for the tests of the integration."""
+"""Small random Hugging Face models, with inputs, and attention without a model, for the tests of the integration."""
 
 import torch
 import transformers as T
@@ -80,3 +80,21 @@ def inputs(name, length=40, valid=None):
 
 def hidden(model, batch):
     return model(**batch).last_hidden_state
+
+
+class Attention(nn.Module):
+    """What the function reads of an attention module."""
+
+    is_causal = False
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        raise NotImplementedError
+
+
+class EitherAttention(Attention):
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, **kwargs):
+        raise NotImplementedError
+
+
+class CrossAttention(Attention):
+    is_decoder = False

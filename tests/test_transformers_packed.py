@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 T = pytest.importorskip("transformers")
-from huggingface import BIDIRECTIONAL, LAYERS, TEXT, M, build, hidden, modern_bert  # noqa: E402
+from huggingface import BIDIRECTIONAL, LAYERS, TEXT, Attention, EitherAttention, M, build, hidden, modern_bert  # noqa: E402
 
 from nystrom_ext.convert import convert_  # noqa: E402
 from nystrom_ext.integrations import transformers as integration  # noqa: E402
@@ -92,18 +92,6 @@ def test_gradients_of_a_flattened_batch():
 
 
 # The function itself
-
-
-class Attention(nn.Module):
-    is_causal = False
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        raise NotImplementedError
-
-
-class EitherAttention(Attention):
-    def forward(self, hidden_states, key_value_states=None, **kwargs):
-        raise NotImplementedError
 
 
 def call(module=None, mask=None, name="nystrom-8", batch=1, L=30, S=30, **kwargs):
