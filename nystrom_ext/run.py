@@ -30,21 +30,23 @@ def main() -> None:
     name, as_module, program, arguments = (given.pop(key) for key in ("name", "m", "program", "arguments"))
     if not (_is_module(program) if as_module else os.path.exists(program)):
         parser.error(f"there is no {'module' if as_module else 'script'} {program!r}")
-    from .integrations import transformers
-
     try:
+        options = Options.of(given)
+        from .integrations import transformers  # takes seconds
+
         if name in transformers.REGISTERED:  # by the import, with defaults, and no model uses it yet
-            transformers.set_options(name, Options.of(given))
+            transformers.set_options(name, options)
         else:
-            transformers.register(name, **given)
-    except (ValueError, TypeError) as error:
+            transformers.register(name, **vars(options))
+    except ValueError as error:
         parser.error(str(error))
-    sys.argv = [program, *arguments]  # runpy puts the full path of a module in its place
+    sys.argv = [program, *arguments]  # runpy puts the full path in the first place
     if as_module:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
         return
+    program = os.path.abspath(program)
     if not getattr(sys.flags, "safe_path", False):  # new in Python 3.11
-        sys.path[0] = os.path.dirname(os.path.abspath(program))
+        sys.path[0] = os.path.dirname(program)
     runpy.run_path(program, run_name="__main__")
 
 

@@ -46,8 +46,8 @@ class Packed:
             message = "Nyström attention: cu_seq_lens_q and cu_seq_lens_k must be equal in self-attention"
             torch._assert_async((self.offsets_q == offsets_k).all(), message)
             offsets_k = self.offsets_q
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        out = nystrom_attention_varlen(*flat, self.offsets_q, offsets_k, self.longest_q, self.longest_k, **options)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = nystrom_attention_varlen(q, k, v, self.offsets_q, offsets_k, self.longest_q, self.longest_k, **options)
         return out.unflatten(0, (query.shape[0], query.shape[2]))
 
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -173,13 +173,14 @@ _BIDIRECTIONAL = "; if it is always called with is_causal=False, let its config 
 
 def _is_causal(module: nn.Module, owner: nn.Module | None) -> bool | None:
     """What the calls will say, or what the module does, or else what the mask of its model does."""
-    if owner is not None and _passes_is_causal(owner) and getattr(owner.config, "is_causal", None) is not None:
-        return owner.config.is_causal
+    config: Any = getattr(owner, "config", None)
+    if _passes_is_causal(owner) and getattr(config, "is_causal", None) is not None:
+        return config.is_causal
     if getattr(module, "is_causal", None) is not None or owner is None:
         return getattr(module, "is_causal", None)
     names = {name for code in _codes(type(owner)) for name in (*code.co_names, *code.co_varnames)}
     padding_only = names & {"create_bidirectional_mask", "extended_attention_mask"}
-    causal = getattr(owner.config, "is_decoder", False) or any("causal_mask" in name for name in names)
+    causal = getattr(config, "is_decoder", False) or any("causal_mask" in name for name in names)
     return False if padding_only and not causal else None
 
 
