@@ -180,6 +180,11 @@ def test_positions_that_say_something_else():
         assert torch.equal(call(position_ids=odd, name="nystrom-8-exact"), call(name="sdpa"))
     with pytest.raises(RuntimeError, match="must rise from token to token in a batch of several rows"):
         call(batch=2, position_ids=torch.arange(30) % 7)
+    causal = {"batch": 2, "is_causal": True, "name": "nystrom-8-exact"}  # with no mask, which would have heeded them
+    with pytest.raises(RuntimeError, match="must rise from token to token"):
+        call(position_ids=torch.arange(30) % 7, **causal)
+    left_padded = torch.cat([torch.ones(9), torch.arange(21)])
+    assert torch.equal(call(position_ids=left_padded, **causal), call(**causal | {"name": "sdpa"}))
 
 
 def test_compiled_models_do_not_mix():
