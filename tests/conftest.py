@@ -5,6 +5,7 @@ With NYSTROM_SIMT=<library of tests/simt/kernels.py> the operator's CPU tensors 
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(presets, "nystrom_attention", spy)
     return calls
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Counts what the Hugging Face attention function calls, and keeps the arguments of the last Nyström attention."""
+    from nystrom_ext.integrations import transformers as integration
+
+    counts = SimpleNamespace(nystrom=0, sdpa=0, arguments=None)
+    nystrom_attention, sdpa = integration.nystrom_attention, integration.sdpa_attention_forward
+
+    def count_nystrom(*args: Any, **kwargs: Any) -> Any:
+        counts.nystrom, counts.arguments = counts.nystrom + 1, (args, kwargs)
+        return nystrom_attention(*args, **kwargs)
+
+    def count_sdpa(*args: Any, **kwargs: Any) -> Any:
+        counts.sdpa += 1
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "nystrom_attention", count_nystrom)
+    monkeypatch.setattr(integration, "sdpa_attention_forward", count_sdpa)
+    return counts
 
 
 @pytest.fixture(scope="session", autouse=EMULATED is not None)

@@ -1,4 +1,4 @@
-"""Small random Hugging Face models, with inputs, for the tests of the integration."""
+"""Small random Hugging Face models, with inputs, and attention without a model, for the tests of the integration."""
 
 import torch
 import transformers as T
@@ -44,6 +44,15 @@ OTHER_MODELS = {
 MODELS = TEXT_MODELS | OTHER_MODELS
 
 
+LLAMA = TEXT | {"num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
+# Decoders that are used as encoders.
+BIDIRECTIONAL = {
+    "llama": lambda **options: T.LlamaModel(T.LlamaConfig(**LLAMA, **options)),
+    "qwen3": lambda **options: T.Qwen3Model(T.Qwen3Config(**LLAMA, **options)),
+    "mistral": lambda **options: T.MistralModel(T.MistralConfig(**LLAMA, sliding_window=None, **options)),
+}
+
+
 def build(name, implementation="sdpa"):
     """The same weights every time, large enough that the attention is far from uniform."""
     torch.manual_seed(0)
@@ -71,3 +80,21 @@ def inputs(name, length=40, valid=None):
 
 def hidden(model, batch):
     return model(**batch).last_hidden_state
+
+
+class Attention(nn.Module):
+    """What the function reads of an attention module."""
+
+    is_causal = False
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        raise NotImplementedError
+
+
+class EitherAttention(Attention):
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, **kwargs):
+        raise NotImplementedError
+
+
+class CrossAttention(Attention):
+    is_decoder = False

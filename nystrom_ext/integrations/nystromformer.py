@@ -31,9 +31,10 @@ class RepairedNystromformerSelfAttention(NystromformerSelfAttention):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """hidden_states (B, n, E) -> (B, n, E) and, on request, the (B, H, n, n) matrix that acts on the values.
 
+        That is None with ``need_weights="never"``. It is always self-attention, whatever ``self_attention`` says.
         attention_mask: (B, n) bool, True = keep, or (B, 1, 1 or n, n) bool or additive, the same in every row.
         """
         heads = (-1, self.attention_head_size)
@@ -46,7 +47,10 @@ class RepairedNystromformerSelfAttention(NystromformerSelfAttention):
         conv_weight = None if self.conv_kernel_size is None else self.conv.weight[:, 0, :, 0]
         context = nystrom_attention(query, key, value, ignored, conv_weight=conv_weight, **options)
         context = context.transpose(1, 2).flatten(2)
-        return (context, nystrom_attention_weights(query, key, ignored, **options)) if output_attentions else (context,)
+        if not output_attentions:
+            return (context,)
+        never = self.nystrom_options.need_weights == "never"
+        return context, None if never else nystrom_attention_weights(query, key, ignored, **options)
 
 
 def announce(options: Mapping[nn.Module, Options]) -> None:

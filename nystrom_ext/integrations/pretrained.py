@@ -60,6 +60,9 @@ def convert(modules: dict[str, Any], options: dict[str, Options]) -> None:
     """Let those of the modules named in ``options`` that :func:`find` lists run Nyström attention, and no others."""
     announce({modules[name]: own for name, own in options.items()})  # first: a warning may be turned into an error
     owners = _owners(modules)
+    for _, config in list(_configs(modules.values())):  # left at a registered name, the others would go on refusing
+        if config._attn_implementation in REGISTERED:
+            _switch(config, modules.values())
     for name in filter(lambda name: _uses_interface(modules[name]), options):
         owner = owners[name]
         for config in (modules[name].config, *([] if owner is None else [modules[owner].config])):
@@ -76,7 +79,8 @@ def revert(modules: Iterable[nn.Module], scope: Iterable[nn.Module]) -> None:
     for _, config in configs:
         implementation = config._attn_implementation
         if isinstance(implementation, Converted) and id(config) not in needed:
-            config._attn_implementation_internal = implementation.stock
+            if not (needed and implementation.stock in REGISTERED):  # which any conversion takes out of the way
+                config._attn_implementation_internal = implementation.stock
 
 
 def check(model: nn.Module) -> list[str]:
@@ -153,11 +157,68 @@ def _reason(module: nn.Module, owner: nn.Module | None) -> str | None:
     for model_type in {_model_type(m) for m in (module, owner) if m is not None}:
         if model_type in REFUSED:
             return f"{model_type}: {REFUSED[model_type]}"
-    if getattr(module, "is_causal", None) is None:
+    causal = _is_causal(module, owner)
+    if causal is None:
         return "does not say whether it is causal"
-    if module.is_causal or getattr(module, "is_decoder", False):
-        return "in a causal decoder"
-    if any("relative" in name for name in (*vars(module), *module._modules, *module._parameters)):
-        return f"{_model_type(module)}: relative position bias"
+    if causal or getattr(module, "is_decoder", False):
+        return f"in a causal decoder{_BIDIRECTIONAL if causal and _passes_is_causal(owner) else ''}"
+    if bias := _bias(module):
+        return f"{_model_type(module)}: {bias}"
     limits = {name: getattr(module, name, None) for name in ("sliding_window", "attn_logit_softcapping")}
     return next((f"{name}={limit}" for name, limit in limits.items() if limit is not None), None)
+
+
+_BIDIRECTIONAL = "; if it is always called with is_causal=False, let its config say so: config.is_causal = False"
+
+
+def _is_causal(module: nn.Module, owner: nn.Module | None) -> bool | None:
+    """What the calls will say, or what the module does, or else what the mask of its model does."""
+    config: Any = getattr(owner, "config", None)
+    if _passes_is_causal(owner) and getattr(config, "is_causal", None) is not None:
+        return config.is_causal
+    if getattr(module, "is_causal", None) is not None or owner is None:
+        return getattr(module, "is_causal", None)
+    names = {name for code in _codes(type(owner)) for name in (*code.co_names, *code.co_varnames)}
+    padding_only = names & {"create_bidirectional_mask", "extended_attention_mask"}
+    causal = getattr(config, "is_decoder", False) or any("causal_mask" in name for name in names)
+    return False if padding_only and not causal else None
+
+
+def _passes_is_causal(owner: nn.Module | None) -> bool:
+    """Whether the model hands ``config.is_causal``, or its own argument, down to its attention."""
+    forward = None if owner is None else type(owner).forward
+    while forward is not None:  # through the decorators, one of which does
+        if "is_causal" in getattr(getattr(forward, "__code__", None), "co_consts", ()):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _codes(cls: type) -> Iterator[Any]:
+    """Code of all methods that ``cls`` has besides those of every pretrained model."""
+    for base in cls.__mro__:
+        if base is PreTrainedModel:
+            return
+        for method in vars(base).values():
+            if callable(method) and hasattr(inspect.unwrap(method), "__code__"):
+                yield inspect.unwrap(method).__code__
+
+
+# What attention adds to its scores or leaves out of them, by parts of the names in its code and of its attributes.
+_BIASES = {
+    **dict.fromkeys(("relative", "position_bias", "rel_pos"), "relative position bias"),
+    **dict.fromkeys(("attention_bias", "attn_bias", "alibi"), "a bias"),
+    "sinks": "attention sinks",
+    "_indices": "sparse attention",
+}
+
+
+def _bias(module: nn.Module) -> str | None:
+    """What the calls pass besides a mask, in words and by the name that gives it away."""
+    kinds = {x for name, x in vars(module).items() if name in ("position_embeddings_type", "position_embedding_type")}
+    flags = {name: x for name, x in vars(module.config).items() if name.startswith("has_") and "bias" in name}
+    code = inspect.unwrap(type(module).forward).__code__
+    names = [*code.co_varnames, *code.co_names, *vars(module), *module._modules, *module._parameters]
+    if kinds or flags:  # of models that can do without
+        names = [kind for kind in kinds if kind is not None] + [name for name, wanted in flags.items() if wanted]
+    return next((f"{bias} ({name})" for name in names for word, bias in _BIASES.items() if word in name), None)

@@ -4,17 +4,18 @@
     model = AutoModel.from_pretrained(name, attn_implementation="nystrom")
 
 Up to ``num_landmarks`` tokens a model computes what it computes with "sdpa". Beyond, attention is approximated at a
-cost linear in the length and does not depend on padding, whose positions get zeros from the attention. What landmarks
-cannot honour is refused: causal attention, sliding windows, position biases, masks other than padding. :func:`register`
-adds names with other options, :func:`check` tells whether a model really uses them, :func:`nystrom_ext.convert_`
-chooses layer by layer. Shapes: B batch, H heads, L queries, S keys.
+cost linear in the length and does not depend on padding, whose positions get zeros from the attention. Packed batches,
+as `DataCollatorWithFlattening` makes them, are attended to sequence by sequence; models that keep ``position_ids`` to
+their embeddings (ModernBERT, DistilBERT, ESM) need its ``return_flash_attn_kwargs=True`` for that, as they do with
+FlashAttention. What landmarks cannot honour is refused: causal attention, sliding windows, and beyond ``num_landmarks``
+tokens position biases and masks other than padding. :func:`register` adds names with other options, :func:`check` tells
+whether a model really uses them, :func:`nystrom_ext.convert_` chooses layer by layer.
+Shapes: B batch, H heads, L queries, S keys.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ except ImportError as error:
 from .._choice import CONVERTED
 from ..functional import nystrom_attention
 from ..modules import IGNORE_THRESHOLD, Options
+from ._call import Call
 
 #: Options of the registered names.
 REGISTERED: dict[str, Options] = {}
@@ -63,13 +65,19 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
     Args:
         num_landmarks, options: as for :class:`nystrom_ext.NystromMultiheadAttention`, except ``conv_kernel_size``.
             ``unsupported_mask="exact"`` runs calls that are causal, or have a sliding window or a mask other than
-            padding, through "sdpa" instead of refusing them.
+            padding, through "sdpa" instead of refusing them. ``self_attention=None`` decides by the module's class.
+            There are no weights, which ``need_weights="never"`` says and ``output_attentions=True`` is refused for.
 
     Raises:
         ValueError: bad options, a name that transformers would misunderstand, or one in use for something else.
         TypeError: unknown options.
     """
     settings = Options.of({"num_landmarks": num_landmarks, **options})
+    if settings.unpad:
+        raise ValueError(
+            "unpad=True drops padded tokens before the projections of nn.MultiheadAttention, which Hugging Face models "
+            "compute themselves; give them packed sequences, as DataCollatorWithFlattening makes them"
+        )
     reserved = [part for part in RESERVED if part in name]
     if not name or reserved:
         raise ValueError(
@@ -81,8 +89,7 @@ def register(name: str = "nystrom", *, num_landmarks: int = 64, **options: Any) 
             f"attn_implementation={name!r} is already registered, for {REGISTERED.get(name, 'something else')}; "
             f"models may be using it, choose another name"
         )
-    REGISTERED[name] = settings
-    _register(name, settings)
+    set_options(name, settings)
 
 
 def check(model: nn.Module) -> list[str]:
@@ -120,46 +127,30 @@ def attention(
         default_options: those of the registered name; None stands for :data:`CONVERTED`, where modules have their own.
 
     Returns:
-        (B, L, H, e) and None: there are no weights, and ``output_attentions=True`` warns.
-    """
-    sdpa = functools.partial(sdpa_attention_forward, module, query, key, value)
-    arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    mask = attention_mask
-    if mask is not None and mask.dim() == 2 and mask.dtype == torch.bool:
-        mask = mask[:, None, None]
-    options = options_of(module) if default_options is None else default_options
-    if options is None:
-        return sdpa(mask, **arguments)
-    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():  # a warning would break the graph
-        _warn_no_weights()
-    L, S = query.shape[2], key.shape[2]
-    refusal = _refusal(module, query, key, mask, is_causal, kwargs)
-    if refusal is not None:
-        what, sdpa_can = refusal
-        if sdpa_can and options.unsupported_mask == "exact":
-            return sdpa(mask, **arguments)
-        raise NotImplementedError(_advice(module, what, sdpa_can))
-    if min(L, S) <= options.num_landmarks:
-        return sdpa(mask, **arguments)
-    itself = L == S and _is_self_attention(module)
-    if (options.window or options.pinned) and not itself:
-        if options.unsupported_mask == "exact":
-            return sdpa(mask, **arguments)
-        what = f"what may be cross-attention with window={options.window} and pinned={options.pinned}"
-        raise NotImplementedError(_advice(module, what, True))
+        (B, L, H, e) and None: there are no weights.
 
-    ignored = None if mask is None else ignored_keys(mask).expand(len(key), S)
-    out = nystrom_attention(
-        query,
-        key,
-        value,
-        ignored,
-        query_padding_mask=ignored if itself else None,
-        scale=scaling,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-        **options.attention,
-    )
+    Raises:
+        NotImplementedError: what landmarks cannot honour, and ``output_attentions=True`` unless
+            ``need_weights="never"``: from a None, transformers would make an empty tuple.
+        ValueError: ``self_attention=True`` with L != S.
+    """
+    call = Call(module, query, key, attention_mask, is_causal, kwargs)
+    options = options_of(module) if default_options is None else default_options
+    if options is not None and options.need_weights != "never":
+        _refuse_weights(module, kwargs)
+    if options is None or call.is_exact(options):
+        arguments = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, call.exact_mask(), **arguments)
+    itself = call.same_tokens(options)
+    settings = options.attention | {"scale": scaling, "dropout_p": dropout}
+    settings["enable_gqa"] = query.shape[1] != key.shape[1]
+    if call.packed is not None:
+        return call.packed.attend(query, key, value, itself=bool(itself), **settings), None
+    if itself is None and call.mask is not None:
+        call.warn_of_padded_queries()
+    ignored = None if call.mask is None else ignored_keys(call.mask).expand(len(key), key.shape[2])
+    settings |= {"query_padding_mask": ignored if itself else None, "self_attention": False}  # the masks say it
+    out = nystrom_attention(query, key, value, ignored, **settings)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -192,41 +183,12 @@ def padding_mask(
     return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, mask_function=mask_function, **kwargs)
 
 
-def _register(name: str, default_options: Options | None) -> None:
+def set_options(name: str, default_options: Options | None) -> None:
+    """:func:`register` without its precautions."""
+    if default_options is not None:
+        REGISTERED[name] = default_options
     AttentionInterface.register(name, functools.partial(attention, default_options=default_options))
     AttentionMaskInterface.register(name, padding_mask)  # without it transformers would drop the padding mask
-
-
-def _refusal(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
-) -> tuple[str, bool] | None:
-    """What the call asks for that landmarks cannot honour, and whether "sdpa" can."""
-    for name, argument in kwargs.items():
-        if argument is not None and (name in ("sliding_window", "softcap", "s_aux") or "bias" in name):
-            value = f"tensor of shape {tuple(argument.shape)}" if isinstance(argument, Tensor) else repr(argument)
-            return f"{name}={value}", name in ("sliding_window", "position_bias")
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if causal is None:
-        return "causal attention (which transformers assumes, as neither the call nor the module sets is_causal)", True
-    if query.shape[2] > 1 and causal:
-        return "causal attention", True
-    if query.shape[2] > 1 and getattr(module, "is_decoder", False):  # query landmarks average past and future tokens
-        return "cross-attention of a causal decoder", True
-    if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] != key.shape[2]):
-        B, S = len(key), key.shape[2]
-        allowed = f"only padding masks, ({B}, {S}) bool or ({B}, 1, 1, {S})"
-        return f"a {str(mask.dtype).removeprefix('torch.')} mask of shape {tuple(mask.shape)} ({allowed})", True
-    return None
-
-
-def _advice(module: nn.Module, what: str, sdpa_can: bool) -> str:
-    ways = 'attn_implementation="sdpa" for this model'
-    if sdpa_can:
-        ways += (
-            ', nystrom_ext.convert_(model), which leaves such layers on "sdpa", or '
-            'register(..., unsupported_mask="exact"), which does so call by call'
-        )
-    return f"Nyström attention in {type(module).__name__}: {what} is not supported; use {ways}"
 
 
 def ignored_keys(mask: Tensor) -> Tensor:
@@ -242,35 +204,14 @@ def ignored_keys(mask: Tensor) -> Tensor:
     return mask <= IGNORE_THRESHOLD
 
 
-def _is_self_attention(module: nn.Module) -> bool:
-    """Whether queries and keys are the same tokens, so that the padding of one is that of the other.
-
-    In doubt False: padded queries then take part in the landmarks, whereas a wrong True would delete valid queries.
-    """
-    cls = type(module)
-    encoder = getattr(module, "is_decoder", None) is False and "Cross" not in cls.__name__
-    return encoder or not _may_attend_elsewhere(cls)
-
-
-@torch.compiler.assume_constant_result
-def _may_attend_elsewhere(cls: Any) -> bool:
-    """Constant in compiled graphs, so that the compiler need not look inside."""
-    return _takes_other_sequences(cls)
-
-
-@functools.cache  # apart from the function above because the compiler looks through caches, with a warning
-def _takes_other_sequences(cls: Any) -> bool:
-    """Whether ``forward`` may take a second sequence besides ``hidden_states``, judging by its signature."""
-    names = {name for name in inspect.signature(cls.forward).parameters if not name.startswith("past_")}
-    words = ("states", "query", "key", "value", "encoder", "context", "memory", "latents")
-    other = any(word in name for name in names - {"hidden_states"} for word in words)
-    return other or "hidden_states" not in names or "Cross" in cls.__name__
-
-
-@functools.cache
-def _warn_no_weights() -> None:
-    warnings.warn("Nyström attention returns no weights: output_attentions=True gives None", stacklevel=3)
+def _refuse_weights(module: nn.Module, arguments: dict[str, Any]) -> None:
+    config = getattr(module, "config", None)
+    if arguments.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise NotImplementedError(
+            f"Nyström attention in {type(module).__name__}: output_attentions=True asks for weights, and there are none"
+            f'; use attn_implementation="eager" for this model, or need_weights="never" to get an empty tuple'
+        )
 
 
 register()
-_register(CONVERTED, None)
+set_options(CONVERTED, None)
