@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._attention import same_tensor
 from ._masks import IGNORE_THRESHOLD, added_keys, check_key_mask
+from ._projection import in_projection
 from .varlen import nystrom_attention_varlen
 
 
@@ -31,7 +32,7 @@ class Packing:
 
 def attend(module: Any, tokens: tuple[Tensor, Tensor, Tensor], packing: Packing) -> Tensor:
     """Self-attention of ``module`` on packed query, key and value (total, E), before its output projection."""
-    q, k, v = (x.unflatten(-1, (module.num_heads, -1)) for x in module._in_projection(*tokens))
+    q, k, v = (x.unflatten(-1, (module.num_heads, -1)) for x in in_projection(module, *tokens))
     sides = (packing.offsets, packing.offsets, packing.longest, packing.longest)
     conv_weight = None if module.conv is None else module.conv.weight
     return nystrom_attention_varlen(q, k, v, *sides, conv_weight=conv_weight, **module.attention_options()).flatten(1)

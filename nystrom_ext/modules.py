@@ -26,6 +26,7 @@ from ._masks import (
 )
 from ._options import Options, count
 from ._packed import nested, unpadded
+from ._projection import project
 from ._tracing import fx_leaf, refuse_script
 from ._warnings import warn_once
 from .functional import nystrom_attention, nystrom_attention_weights
@@ -214,7 +215,7 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         if self.unpad and not need_weights and key_padding_mask is not None and query_padding_mask is None:
             if (out := unpadded(self, query, key, value, key_padding_mask, attn_mask)) is not None:
                 return out, None
-        q, k, v = self._project(query, key, value)
+        q, k, v = project(self, query, key, value)
         kpm = key_mask(key_padding_mask, k, added_keys(self))
         ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
         given = query_mask(query_padding_mask, q)
@@ -238,45 +239,6 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
         return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> q (N, H, L, d), k and v (N, H, S, d) with the added keys."""
-        q, k, v = self._in_projection(query, key, value)
-        if query.dim() == 2:
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        elif not self.batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        if len(q) != len(k):
-            raise RuntimeError(f"query and key must have the same batch size, got {len(q)} and {len(k)}")
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], 1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        if self.conv is not None and q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"the convolution needs L = S, got L={q.shape[1]}, S={k.shape[1]}; construct with conv_kernel_size=None"
-            )
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        return q, k, v
-
-    def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Any:
-        """q, k, v in the caller's layout. Reads the weights at each call: others may have replaced them by tensors."""
-        if query.shape[-1] != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
-        if not self._qkv_same_embed_dim:
-            if key.shape[:-1] != value.shape[:-1]:
-                raise AssertionError(
-                    f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
-                )
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            return _F._in_projection(query, key, value, *weights, *biases)
-        if key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        if query is key and key is value:  # strided views suffice; _in_projection_packed would copy q, k and v
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        return _F._in_projection_packed(query, key, value, self.in_proj_weight, self.in_proj_bias)
 
     def _is_exact(self, L: int, S: int, attn_mask: Tensor | None, is_causal: bool) -> bool:
         """Whether this call is that of `nn.MultiheadAttention`. An exported graph runs at any length, so there the

@@ -9,7 +9,7 @@ from module_problems import INF, E, H, L, M, N, S, compose, f64, gradients, make
 from torch import nn
 from torch.testing import assert_close
 
-from nystrom_ext import _warnings
+from nystrom_ext import _packed, _projection, _warnings
 from nystrom_ext.modules import NystromMultiheadAttention
 
 NYSTROM_VARIANTS = [
@@ -288,9 +288,10 @@ def test_unpad_changes_nothing_but_time(batch_first, variant, tensors):
 
 def test_unpad_drops_tokens_before_the_projections(monkeypatch):
     m, x, kpm = make(batch_first=True, unpad=True), torch.randn(N, L, E, dtype=f64), padding(L, 20, 13, 5)
-    rows = []
-    inner = m._in_projection
-    monkeypatch.setattr(m, "_in_projection", lambda *x: (rows.append(x[0].shape), inner(*x))[1])
+    rows, inner = [], _projection.in_projection
+    for place in (_packed, _projection):
+        spy = lambda module, *x: (rows.append(x[0].shape), inner(module, *x))[1]  # noqa: E731
+        monkeypatch.setattr(place, "in_projection", spy)
     m(x, x, x, key_padding_mask=kpm, need_weights=False)
     m(x, x, x, key_padding_mask=kpm)  # weights
     m(x[:, :M], x[:, :M], x[:, :M], key_padding_mask=kpm[:, :M], need_weights=False)  # exact
