@@ -1,0 +1,337 @@
+"""The operator's formula in differentiable ATen operations: what is made of it can be differentiated again,
+transformed, exported, and looked into.
+
+As :mod:`nystrom_ext.reference` defines it, for whole batches. Each sample's regime is a tensor: no data is read on the
+host, and sizes may be symbolic. Time O((L + S) m), memory O((L + S) (m + window + pinned)), never (L, S).
+
+Shapes: B samples, H heads, L queries, S keys, m slots for landmarks, of which short samples leave some empty.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ._tokens import Band, Tokens
+from .reference import WORD, philox
+
+
+class Columns(NamedTuple):
+    """Columns of the query pass that are tokens: scores (B, H, R, columns), whose rank (B, R or 1, columns), and which
+    of them count (B, R or 1, columns)."""
+
+    scores: Tensor
+    rank: Tensor
+    keep: Tensor
+
+
+class Factors(NamedTuple):
+    """The attention matrix (B, H, L, S) as left @ right, and with a window ``band.added(near, left @ right)``."""
+
+    left: Tensor  # (B, H, L, m + pinned)
+    right: Tensor  # (B, H, m + pinned, S)
+    near: Tensor | None = None  # (B, H, L, columns of the band)
+    band: Band | None = None
+
+
+class Problem:
+    """One call's tokens, regimes and options, and the stages of the computation. Arguments as `nystrom_attention`."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        query_padding_mask: Tensor | None = None,
+        num_landmarks: int = 64,
+        pinv_iterations: int = 6,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        coefficient: str = "per_head",
+        enable_gqa: bool = False,
+        window: int = 0,
+        pinned: int = 0,
+        rng_state: Tensor | None = None,
+    ) -> None:
+        L, S = query.shape[2], key.shape[2]
+        self.samples, self.heads, self.group = query.shape[0], query.shape[1], query.shape[1] // key.shape[1]
+        self.type = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.iterations, self.coefficient = pinv_iterations, coefficient
+        self.scale = query.shape[3] ** -0.5 if scale is None else scale
+        self.dropout_p, self.rng_state = dropout_p, rng_state
+        self.window, self.pinned = torch.sym_min(window, S), torch.sym_min(pinned, S)
+        self.has_window, self.extended = window > 0, window > 0 or pinned > 0
+        self.slots = torch.sym_max(1, torch.sym_min(num_landmarks, torch.sym_max(L, S)))
+        self.queries = Tokens(query, query_padding_mask, num_landmarks)
+        self.keys = Tokens(key, key_padding_mask, num_landmarks, self.pinned)
+        few_queries, self.few_keys = self.queries.count <= num_landmarks, self.keys.count <= num_landmarks
+        # (B, 1, 1, 1): every key its own landmark, every query its own landmark, or neither (then, unless pinned tokens
+        # are all that there is, Nyström)
+        self.by_keys = _matrix(self.few_keys)
+        self.by_queries = _matrix(few_queries & ~self.few_keys)
+        self.nystrom = _matrix(~few_queries & ~self.few_keys & (self.keys.count > pinned))
+        self.surely_exact = statically_known_true(L <= num_landmarks) or statically_known_true(S <= num_landmarks)
+
+    def prepare(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """x (B, H or H_kv, n, d) for all H heads in the type of the computation, zero at ignored tokens."""
+        x = x if tokens.ignored is None else x.masked_fill(tokens.ignored[:, None, :, None], 0)
+        x = x.to(self.type)
+        if x.shape[1] == self.heads:
+            return x
+        return x[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(1, 2)
+
+    def means(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Of a prepared x over the segments, (B, H, m, d)."""
+        return self.divide(self.sums(x, tokens.members(self.slots)), tokens)
+
+    def sums(self, x: Tensor, members: Tensor) -> Tensor:
+        """Of a prepared x over the tokens in each slot; one product for all heads, which share the tokens."""
+        sums = members.to(self.type) @ x.transpose(1, 2).flatten(2)
+        return sums.unflatten(2, (self.heads, x.shape[3])).transpose(1, 2)
+
+    def divide(self, sums: Tensor, tokens: Tokens) -> Tensor:
+        start, end = tokens.ends(self.slots)
+        return sums / (end - start).clamp(min=1)[:, None, :, None]
+
+    def inverse(self, qt: Tensor, kt: Tensor) -> Tensor:
+        """Z (B, H, m, m) of samples in the Nyström regime; of others something finite, which nothing depends on."""
+        eye = torch.eye(self.slots, dtype=self.type, device=qt.device)
+        if self.surely_exact:
+            return eye.expand(self.samples, self.heads, -1, -1)
+        a = torch.where(self.nystrom, softmax(self.scale * qt @ kt.mT, self.alive[:, None, None]), eye)
+        rows, columns = (a.sum(dim).amax(-1)[..., None, None] for dim in (-1, -2))
+        if self.coefficient == "global":
+            rows, columns = (torch.where(self.nystrom, x, 0) for x in (rows, columns))
+            rows, columns = (torch.cat([x.flatten(), x.new_zeros(1)]).amax() for x in (rows, columns))
+        z = a.mT / torch.where(self.nystrom, rows * columns, 1)
+        for _ in range(self.iterations):
+            x = a @ z
+            z = 0.25 * z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x)))
+        return z
+
+    @property
+    def alive(self) -> Tensor:
+        """(B, m): landmarks that stand for any token."""
+        start, end = self.keys.ends(self.slots)
+        return end > start
+
+    @property
+    def free(self) -> Tensor:
+        """(B, 1, 1, S): the keys of the key pass, which leaves pinned tokens out."""
+        return (self.keys.valid & (self.keys.rank >= self.keys.first))[:, None, None]
+
+    def missed(self, qt: Tensor, kt: Tensor, lse: Tensor) -> Tensor:
+        """delta (B, H, m) from LSE3 (B, H, m): what the landmarks miss of the keys' mass, in logarithm."""
+        start, end = self.keys.ends(self.slots)
+        counted = self.scale * qt @ kt.mT + _log(end - start, self.type)[:, None, None]
+        landmarks = masked(counted, self.alive[:, None, None]).logsumexp(-1)
+        return torch.where(self.nystrom[..., 0], lse - landmarks, 0)
+
+    def query_pass(
+        self, q: Tensor, kt: Tensor, missed: Tensor | None, rows: Tensor | None = None, *tokens: Columns
+    ) -> list[Tensor]:
+        """P1 of prepared queries (B, H, R, d), those at the positions ``rows`` or all: (B, H, R, m), and of ``tokens``."""
+        scores = [self.scale * q @ kt.mT, *(c.scores for c in tokens)]
+        if missed is None:
+            keep = self.alive[:, None]
+            number = torch.arange(self.slots, device=q.device)[None, None]
+        else:
+            rank, segment = (_rows(x, rows) for x in (self.queries.rank, self.queries.segment))
+            outside = self._outside(rank)
+            own = torch.take_along_dim(missed, segment.clamp(min=0)[:, None], 2)
+            scores[0] = scores[0] + _log(outside, self.type)[:, None] + own[..., None]
+            keep = torch.cat([outside > 0, *(c.keep.expand(-1, *c.scores.shape[2:]) for c in tokens)], -1)
+            number = self._numbers(rank, tokens)
+        p = softmax(torch.cat(scores, -1), keep[:, None])
+        if self.dropout_p > 0:
+            p = p * self.multiplier(_rows(self.queries.positions[None], rows), number)
+        return list(p.split([x.shape[-1] for x in scores], -1)) if tokens else [p]
+
+    def _outside(self, rank: Tensor) -> Tensor:
+        """c_iJ (B, R, m): the tokens that landmark J stands for beside the window of a query, by the query's rank."""
+        start, end = (x[:, None] for x in self.keys.ends(self.slots))
+        if not self.has_window:
+            return (end - start).expand(-1, rank.shape[1], -1)
+        first, last = rank[..., None] - self.window, rank[..., None] + self.window
+        inside = ((last + 1).minimum(end) - first.maximum(start)).clamp(min=0)
+        return end - start - inside * ~self.few_keys[..., None]
+
+    def is_pinned(self, rank: Tensor) -> Tensor:
+        """Of keys by their ranks (B or 1, R or 1, columns)."""
+        return rank < self.keys.first.minimum(self.keys.count)[..., None]
+
+    def is_near(self, rank: Tensor, column: Tensor) -> Tensor:
+        """Which keys, by their ranks (B, R or 1, columns), are in the window of the queries of ``rank`` (B, R)."""
+        known = (column >= self.keys.first[..., None]) & (column < self.keys.count[..., None])
+        return ((column - rank[..., None]).abs() <= self.window) & known & ~self.few_keys[..., None]
+
+    def _numbers(self, rank: Tensor, tokens: tuple[Columns, ...]) -> Tensor:
+        """Dropout's numbers of the columns (B, R, columns): landmarks, pinned tokens, window."""
+        near = (self.keys.count - 1).clamp(max=self.window)[..., None] - rank[..., None]
+        landmarks = ((self.keys.count > self.pinned) * self.slots)[..., None]  # none are columns
+        numbers = [torch.arange(self.slots, device=rank.device).expand(*rank.shape, -1)]
+        for column in (c.rank for c in tokens):
+            number = landmarks + torch.where(self.is_pinned(column), column, self.pinned + near + column)
+            numbers.append(number.clamp(min=0))
+        return torch.cat([x.expand(*rank.shape, -1) for x in numbers], -1)
+
+    def multiplier(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Dropout's multipliers (B, H, R, columns), as `reference.dropout_multiplier`: rows (B or 1, R) are positions,
+        columns (B or 1, R or 1, columns) numbers."""
+        if self.rng_state is None:
+            raise ValueError("dropout_p > 0 needs rng_state, int64 (2,): seed and offset")
+        seed, offset = self.rng_state.unbind()
+        head = torch.arange(self.samples * self.heads, device=rows.device).unflatten(0, (self.samples, self.heads))
+        counter = [columns[:, None] // 4, rows[:, None, :, None], head[..., None, None], offset & WORD]
+        words = torch.broadcast_tensors(*philox(counter, seed & WORD, (seed >> 32 ^ offset >> 32) & WORD))
+        word = torch.take_along_dim(torch.stack(words, -1), (columns % 4)[:, None, ..., None], -1)[..., 0]
+        kept = (word >= int(self.dropout_p * 2**32)).to(self.type)
+        return kept / (1 - self.dropout_p) if self.dropout_p < 1 else torch.zeros_like(kept)
+
+    def drop_keys(self, p3: Tensor) -> Tensor:
+        """P3 (B, H, m, S) with dropout where every query is its own landmark."""
+        if self.dropout_p == 0:
+            return p3
+        place = (self.queries.members(self.slots) * self.queries.positions).sum(-1)
+        return p3 * torch.where(self.by_queries, self.multiplier(place, self.keys.positions[None, None]), 1)
+
+    def own(self, rows: Tensor | None = None) -> Tensor:
+        """(B, 1, R, m): each query its own landmark."""
+        slot = torch.arange(self.slots, device=self.queries.rank.device)
+        return (_rows(self.queries.rank, rows)[..., None] == slot)[:, None].to(self.type)
+
+
+class Passes(NamedTuple):
+    """The factors of the formula, for all queries and keys."""
+
+    p1: Tensor  # (B, H, L, m)
+    z: Tensor  # (B, H, m, m)
+    p3: Tensor  # (B, H, m, S)
+    pinned: Tensor | None = None  # (B, H, L, pinned)
+    near: Tensor | None = None  # (B, H, L, columns of the band)
+    band: Band | None = None
+
+
+def passes(problem: Problem, query: Tensor, key: Tensor) -> Passes:
+    """P1 is the identity where every query is its own landmark."""
+    q, k = problem.prepare(query, problem.queries), problem.prepare(key, problem.keys)
+    qt, kt = problem.means(q, problem.queries), problem.means(k, problem.keys)
+    scores = masked(problem.scale * qt @ k.mT, problem.free)
+    p3 = problem.drop_keys(scores.softmax(-1).masked_fill(~problem.free, 0))
+    if not problem.extended:
+        p1 = problem.query_pass(q, kt, None)[0]
+        return Passes(torch.where(problem.by_queries, problem.own(), p1), problem.inverse(qt, kt), p3)
+    firsts = torch.arange(problem.pinned, device=q.device)[None, None]
+    pinned = problem.scale * q @ problem.keys.in_order(k, problem.pinned).mT
+    columns, band = [Columns(pinned, firsts, problem.is_pinned(firsts))], None
+    if problem.has_window:
+        band = Band(problem.keys, problem.window)
+        keep = problem.is_near(problem.queries.rank, band.rank)
+        columns.append(Columns(problem.scale * band.scores(q, k), band.rank, keep))
+    missed = problem.missed(qt, kt, scores.logsumexp(-1))
+    p1, pinned, *near = problem.query_pass(q, kt, missed, None, *columns)
+    return Passes(p1, problem.inverse(qt, kt), p3, pinned, near[0] if near else None, band)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    query_padding_mask: Tensor | None = None,
+    num_landmarks: int = 64,
+    pinv_iterations: int = 6,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    conv_weight: Tensor | None = None,
+    coefficient: str = "per_head",
+    enable_gqa: bool = False,
+    window: int = 0,
+    pinned: int = 0,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """As :func:`nystrom_ext.nystrom_attention`, unchecked; dropout needs ``rng_state``, int64 (2,): seed and offset."""
+    problem = Problem(
+        query,
+        key,
+        key_padding_mask,
+        query_padding_mask=query_padding_mask,
+        num_landmarks=num_landmarks,
+        pinv_iterations=pinv_iterations,
+        scale=scale,
+        dropout_p=dropout_p,
+        coefficient=coefficient,
+        enable_gqa=enable_gqa,
+        window=window,
+        pinned=pinned,
+        rng_state=rng_state,
+    )
+    f = passes(problem, query, key)
+    v = problem.prepare(value, problem.keys)
+    u = f.p3 @ v
+    w = torch.where(problem.by_keys, problem.means(v, problem.keys), torch.where(problem.by_queries, u, f.z @ u))
+    out = f.p1 @ w
+    if f.pinned is not None:
+        out = out + f.pinned @ problem.keys.in_order(v, problem.pinned)
+    if f.band is not None and f.near is not None:
+        out = out + f.band.apply(f.near, v)
+    if conv_weight is not None:
+        out = out + convolution(v, conv_weight.to(v))
+    if query_padding_mask is not None:
+        out = out.masked_fill(query_padding_mask[:, None, :, None], 0)
+    return out.to(query.dtype)
+
+
+def factors(problem: Problem, query: Tensor, key: Tensor) -> Factors:
+    """The attention matrix as a product, in the type of the computation: float32, or float64 for float64."""
+    f = passes(problem, query, key)
+    right = torch.where(problem.by_queries, f.p3, f.z @ f.p3)
+    right = torch.where(problem.by_keys, problem.keys.members(problem.slots)[:, None].to(right), right)
+    left = f.p1
+    if f.pinned is not None:
+        slot = torch.arange(problem.pinned, device=left.device)
+        firsts = (problem.keys.rank[:, None] == slot[:, None]) & problem.keys.valid[:, None]
+        right = torch.cat([right, firsts[:, None].to(right).expand(-1, problem.heads, -1, -1)], 2)
+        left = torch.cat([left, f.pinned], 3)
+    ignored, near = problem.queries.ignored, f.near
+    if ignored is not None:
+        left = left.masked_fill(ignored[:, None, :, None], 0)
+        near = None if near is None else near.masked_fill(ignored[:, None, :, None], 0)
+    return Factors(left, right, near, f.band)
+
+
+def convolution(v: Tensor, weight: Tensor) -> Tensor:
+    """y_i = sum_t w_t v_{i + t - T//2}, zero outside; v (B, H, n, e), weight (H, T)."""
+    taps = weight.shape[1]
+    padded = F.pad(v, (0, 0, taps // 2, taps - taps // 2))  # one more than it takes, for n = 0
+    return F.conv2d(padded, weight[:, None, :, None], groups=v.shape[1])[:, :, : v.shape[2]]
+
+
+def masked(scores: Tensor, keep: Tensor) -> Tensor:
+    """-inf where ``keep`` is False, except in rows that keep nothing: those stay finite, and so do their gradients."""
+    return scores.masked_fill(~(keep | ~keep.any(-1, keepdim=True)), -torch.inf)
+
+
+def softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Over the columns to keep, 0 elsewhere, also in rows that keep nothing."""
+    return masked(scores, keep).softmax(-1).masked_fill(~keep, 0)
+
+
+def _log(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of counts; of 0 whatever, as such columns are masked."""
+    return count.clamp(min=1).to(dtype).log()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x[..., None, None]
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x (B or 1, n, ...) at some positions."""
+    return x if rows is None else x.index_select(1, rows)
