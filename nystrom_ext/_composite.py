@@ -9,6 +9,7 @@ Shapes: B samples, H heads, L queries, S keys, m slots for landmarks, of which s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,26 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._tokens import Band, Tokens
+from ._columns import BLOCK, Band, Columns, Pinned
+from ._tokens import Tokens, take
 from .reference import WORD, philox
-
-
-class Columns(NamedTuple):
-    """Columns of the query pass that are tokens: scores (B, H, R, columns), whose rank (B, R or 1, columns), and which
-    of them count (B, R or 1, columns)."""
-
-    scores: Tensor
-    rank: Tensor
-    keep: Tensor
-
-
-class Factors(NamedTuple):
-    """The attention matrix (B, H, L, S) as left @ right, and with a window ``band.added(near, left @ right)``."""
-
-    left: Tensor  # (B, H, L, m + pinned)
-    right: Tensor  # (B, H, m + pinned, S)
-    near: Tensor | None = None  # (B, H, L, columns of the band)
-    band: Band | None = None
 
 
 class Problem:
@@ -64,9 +48,9 @@ class Problem:
         self.iterations, self.coefficient = pinv_iterations, coefficient
         self.scale = query.shape[3] ** -0.5 if scale is None else scale
         self.dropout_p, self.rng_state = dropout_p, rng_state
-        self.window, self.pinned = torch.sym_min(window, S), torch.sym_min(pinned, S)
-        self.has_window, self.extended = window > 0, window > 0 or pinned > 0
-        self.slots = torch.sym_max(1, torch.sym_min(num_landmarks, torch.sym_max(L, S)))
+        self.window, self.pinned = _upto(S, window), _upto(S, pinned)
+        self.has_window, self.has_pinned = window > 0, pinned > 0
+        self.slots = max(_upto(S, num_landmarks), 1)  # with S <= num_landmarks every key is its own
         self.queries = Tokens(query, query_padding_mask, num_landmarks)
         self.keys = Tokens(key, key_padding_mask, num_landmarks, self.pinned)
         few_queries, self.few_keys = self.queries.count <= num_landmarks, self.keys.count <= num_landmarks
@@ -132,25 +116,38 @@ class Problem:
         landmarks = masked(counted, self.alive[:, None, None]).logsumexp(-1)
         return torch.where(self.nystrom[..., 0], lse - landmarks, 0)
 
+    def columns(self) -> list[Columns]:
+        """Of the query pass over all queries, beside the landmarks."""
+        if self.has_window and statically_known_true(self.keys.rank.shape[1] <= 3 * max(BLOCK, self.window)):
+            return [Columns(self.keys)]
+        pinned = [Pinned(self.keys, self.pinned)] if self.has_pinned else []
+        return [*pinned, Band(self.keys, self.window)] if self.has_window else [*pinned]
+
     def query_pass(
-        self, q: Tensor, kt: Tensor, missed: Tensor | None, rows: Tensor | None = None, *tokens: Columns
+        self,
+        q: Tensor,
+        kt: Tensor,
+        missed: Tensor | None = None,
+        columns: Sequence[Columns] = (),
+        scores: Sequence[Tensor] = (),
+        rows: Tensor | None = None,
     ) -> list[Tensor]:
-        """P1 of prepared queries (B, H, R, d), those at the positions ``rows`` or all: (B, H, R, m), and of ``tokens``."""
-        scores = [self.scale * q @ kt.mT, *(c.scores for c in tokens)]
+        """P1 of prepared queries (B, H, R, d), those at the positions ``rows`` or all of them: (B, H, R, m), and as much
+        for each of the ``columns``, whose q k^T the ``scores`` are."""
+        scores = [self.scale * q @ kt.mT, *(self.scale * x for x in scores)]
         if missed is None:
-            keep = self.alive[:, None]
-            number = torch.arange(self.slots, device=q.device)[None, None]
+            keep, number = self.alive[:, None], torch.arange(self.slots, device=q.device)[None, None]
         else:
-            rank, segment = (_rows(x, rows) for x in (self.queries.rank, self.queries.segment))
+            rank, segment = (at(x, rows) for x in (self.queries.rank, self.queries.segment))
             outside = self._outside(rank)
-            own = torch.take_along_dim(missed, segment.clamp(min=0)[:, None], 2)
-            scores[0] = scores[0] + _log(outside, self.type)[:, None] + own[..., None]
-            keep = torch.cat([outside > 0, *(c.keep.expand(-1, *c.scores.shape[2:]) for c in tokens)], -1)
-            number = self._numbers(rank, tokens)
+            own = take(missed[..., None], segment.clamp(min=0))
+            scores[0] = scores[0] + _log(outside, self.type)[:, None] + own
+            keep = torch.cat([outside > 0, *(self._keep(c, rank) for c in columns)], -1)
+            number = self._numbers(rank, columns)
         p = softmax(torch.cat(scores, -1), keep[:, None])
         if self.dropout_p > 0:
-            p = p * self.multiplier(_rows(self.queries.positions[None], rows), number)
-        return list(p.split([x.shape[-1] for x in scores], -1)) if tokens else [p]
+            p = p * self.multiplier(at(self.queries.positions[None], rows), number)
+        return list(p.split([x.shape[-1] for x in scores], -1))
 
     def _outside(self, rank: Tensor) -> Tensor:
         """c_iJ (B, R, m): the tokens that landmark J stands for beside the window of a query, by the query's rank."""
@@ -161,23 +158,23 @@ class Problem:
         inside = ((last + 1).minimum(end) - first.maximum(start)).clamp(min=0)
         return end - start - inside * ~self.few_keys[..., None]
 
-    def is_pinned(self, rank: Tensor) -> Tensor:
-        """Of keys by their ranks (B or 1, R or 1, columns)."""
-        return rank < self.keys.first.minimum(self.keys.count)[..., None]
+    def _keep(self, columns: Columns, rank: Tensor) -> Tensor:
+        """(B, R, columns): which count, for queries of the ranks (B, R). A sample of few keys has landmarks alone."""
+        column, first, count = columns.rank, self.keys.first[..., None], self.keys.count[..., None]
+        near = torch.zeros_like(column, dtype=torch.bool)
+        if self.has_window:
+            near = ((column - rank[..., None]).abs() <= self.window) & (column >= first) & ~self.few_keys[..., None]
+        keep = (near | (column < first) if columns.pinned else near) & (column >= 0) & (column < count)
+        return keep.expand(*rank.shape, -1)
 
-    def is_near(self, rank: Tensor, column: Tensor) -> Tensor:
-        """Which keys, by their ranks (B, R or 1, columns), are in the window of the queries of ``rank`` (B, R)."""
-        known = (column >= self.keys.first[..., None]) & (column < self.keys.count[..., None])
-        return ((column - rank[..., None]).abs() <= self.window) & known & ~self.few_keys[..., None]
-
-    def _numbers(self, rank: Tensor, tokens: tuple[Columns, ...]) -> Tensor:
+    def _numbers(self, rank: Tensor, columns: Sequence[Columns]) -> Tensor:
         """Dropout's numbers of the columns (B, R, columns): landmarks, pinned tokens, window."""
         near = (self.keys.count - 1).clamp(max=self.window)[..., None] - rank[..., None]
-        landmarks = ((self.keys.count > self.pinned) * self.slots)[..., None]  # none are columns
-        numbers = [torch.arange(self.slots, device=rank.device).expand(*rank.shape, -1)]
-        for column in (c.rank for c in tokens):
-            number = landmarks + torch.where(self.is_pinned(column), column, self.pinned + near + column)
-            numbers.append(number.clamp(min=0))
+        landmarks = ((self.keys.count > self.pinned) * self.slots)[..., None]  # none are columns where all are pinned
+        numbers = [torch.arange(self.slots, device=rank.device)[None, None]]
+        for column in (c.rank for c in columns):
+            number = torch.where(column < self.keys.first[..., None], column, self.pinned + near + column)
+            numbers.append((landmarks + number).clamp(min=0))
         return torch.cat([x.expand(*rank.shape, -1) for x in numbers], -1)
 
     def multiplier(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -188,8 +185,10 @@ class Problem:
         seed, offset = self.rng_state.unbind()
         head = torch.arange(self.samples * self.heads, device=rows.device).unflatten(0, (self.samples, self.heads))
         counter = [columns[:, None] // 4, rows[:, None, :, None], head[..., None, None], offset & WORD]
-        words = torch.broadcast_tensors(*philox(counter, seed & WORD, (seed >> 32 ^ offset >> 32) & WORD))
-        word = torch.take_along_dim(torch.stack(words, -1), (columns % 4)[:, None, ..., None], -1)[..., 0]
+        words = philox(counter, seed & WORD, (seed >> 32 ^ offset >> 32) & WORD)
+        word, lane = words[0], (columns % 4)[:, None]
+        for i in range(1, 4):
+            word = torch.where(lane == i, words[i], word)
         kept = (word >= int(self.dropout_p * 2**32)).to(self.type)
         return kept / (1 - self.dropout_p) if self.dropout_p < 1 else torch.zeros_like(kept)
 
@@ -203,39 +202,29 @@ class Problem:
     def own(self, rows: Tensor | None = None) -> Tensor:
         """(B, 1, R, m): each query its own landmark."""
         slot = torch.arange(self.slots, device=self.queries.rank.device)
-        return (_rows(self.queries.rank, rows)[..., None] == slot)[:, None].to(self.type)
+        return (at(self.queries.rank, rows)[..., None] == slot)[:, None].to(self.type)
 
 
 class Passes(NamedTuple):
-    """The factors of the formula, for all queries and keys."""
+    """What the formula multiplies, for all queries and keys."""
 
     p1: Tensor  # (B, H, L, m)
     z: Tensor  # (B, H, m, m)
     p3: Tensor  # (B, H, m, S)
-    pinned: Tensor | None = None  # (B, H, L, pinned)
-    near: Tensor | None = None  # (B, H, L, columns of the band)
-    band: Band | None = None
+    columns: list[tuple[Columns, Tensor]]  # the other columns of P1
 
 
 def passes(problem: Problem, query: Tensor, key: Tensor) -> Passes:
-    """P1 is the identity where every query is its own landmark."""
     q, k = problem.prepare(query, problem.queries), problem.prepare(key, problem.keys)
     qt, kt = problem.means(q, problem.queries), problem.means(k, problem.keys)
     scores = masked(problem.scale * qt @ k.mT, problem.free)
     p3 = problem.drop_keys(scores.softmax(-1).masked_fill(~problem.free, 0))
-    if not problem.extended:
-        p1 = problem.query_pass(q, kt, None)[0]
-        return Passes(torch.where(problem.by_queries, problem.own(), p1), problem.inverse(qt, kt), p3)
-    firsts = torch.arange(problem.pinned, device=q.device)[None, None]
-    pinned = problem.scale * q @ problem.keys.in_order(k, problem.pinned).mT
-    columns, band = [Columns(pinned, firsts, problem.is_pinned(firsts))], None
-    if problem.has_window:
-        band = Band(problem.keys, problem.window)
-        keep = problem.is_near(problem.queries.rank, band.rank)
-        columns.append(Columns(problem.scale * band.scores(q, k), band.rank, keep))
-    missed = problem.missed(qt, kt, scores.logsumexp(-1))
-    p1, pinned, *near = problem.query_pass(q, kt, missed, None, *columns)
-    return Passes(p1, problem.inverse(qt, kt), p3, pinned, near[0] if near else None, band)
+    columns = problem.columns()
+    missed = problem.missed(qt, kt, scores.logsumexp(-1)) if columns else None
+    p1, *rest = problem.query_pass(q, kt, missed, columns, [c.scores(q, k) for c in columns])
+    if not columns:  # else it is self-attention, and no sample has few queries beside many keys
+        p1 = torch.where(problem.by_queries, problem.own(), p1)
+    return Passes(p1, problem.inverse(qt, kt), p3, list(zip(columns, rest, strict=True)))
 
 
 def attention(
@@ -277,10 +266,8 @@ def attention(
     u = f.p3 @ v
     w = torch.where(problem.by_keys, problem.means(v, problem.keys), torch.where(problem.by_queries, u, f.z @ u))
     out = f.p1 @ w
-    if f.pinned is not None:
-        out = out + f.pinned @ problem.keys.in_order(v, problem.pinned)
-    if f.band is not None and f.near is not None:
-        out = out + f.band.apply(f.near, v)
+    for columns, p in f.columns:
+        out = out + columns.apply(p, v)
     if conv_weight is not None:
         out = out + convolution(v, conv_weight.to(v))
     if query_padding_mask is not None:
@@ -288,22 +275,20 @@ def attention(
     return out.to(query.dtype)
 
 
+class Factors(NamedTuple):
+    """The attention matrix (B, H, L, S): left @ right and, for each of columns, p where ``columns.added`` puts it."""
+
+    left: Tensor  # (B, H, L, m)
+    right: Tensor  # (B, H, m, S)
+    columns: list[tuple[Columns, Tensor]]
+
+
 def factors(problem: Problem, query: Tensor, key: Tensor) -> Factors:
-    """The attention matrix as a product, in the type of the computation: float32, or float64 for float64."""
+    """In the type of the computation: float64 for float64, else float32. Rows of ignored queries are not zero yet."""
     f = passes(problem, query, key)
     right = torch.where(problem.by_queries, f.p3, f.z @ f.p3)
-    right = torch.where(problem.by_keys, problem.keys.members(problem.slots)[:, None].to(right), right)
-    left = f.p1
-    if f.pinned is not None:
-        slot = torch.arange(problem.pinned, device=left.device)
-        firsts = (problem.keys.rank[:, None] == slot[:, None]) & problem.keys.valid[:, None]
-        right = torch.cat([right, firsts[:, None].to(right).expand(-1, problem.heads, -1, -1)], 2)
-        left = torch.cat([left, f.pinned], 3)
-    ignored, near = problem.queries.ignored, f.near
-    if ignored is not None:
-        left = left.masked_fill(ignored[:, None, :, None], 0)
-        near = None if near is None else near.masked_fill(ignored[:, None, :, None], 0)
-    return Factors(left, right, near, f.band)
+    members = problem.keys.members(problem.slots)[:, None].to(right)
+    return Factors(f.p1, torch.where(problem.by_keys, members, right), f.columns)
 
 
 def convolution(v: Tensor, weight: Tensor) -> Tensor:
@@ -328,10 +313,15 @@ def _log(count: Tensor, dtype: torch.dtype) -> Tensor:
     return count.clamp(min=1).to(dtype).log()
 
 
+def _upto(size: int, most: int) -> int:
+    """The less of both where it is known; a symbolic size counts as large unless its range says otherwise."""
+    return size if statically_known_true(size <= most) else most
+
+
 def _matrix(x: Tensor) -> Tensor:
     return x[..., None, None]
 
 
-def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x (B or 1, n, ...) at some positions."""
+def at(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x (B or 1, n) at some positions, or all."""
     return x if rows is None else x.index_select(1, rows)
