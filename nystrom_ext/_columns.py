@@ -1,4 +1,4 @@
-"""Columns of the query pass that are keys, beside those that are landmarks: all keys, pinned ones, those in a window."""
+"""Columns of the query pass that are keys, beside those that are landmarks: all keys, pinned ones, the window's."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Columns:
         """(B, H, R, columns), (B, H, S, e) -> (B, H, R, e)."""
         return p @ v
 
-    def added(self, p: Tensor, weights: Tensor) -> Tensor:
-        """weights (B, H, R, S) and the entries of p (B, H, R, columns) where they belong."""
+    def add(self, p: Tensor, weights: Tensor) -> Tensor:
+        """weights (B, H, R, S) and the entries of p (B, H, R, columns) where they belong; may change the weights."""
         return weights + p
 
 
@@ -49,7 +49,7 @@ class Pinned(Columns):
     def apply(self, p: Tensor, v: Tensor) -> Tensor:
         return p @ (self.select.to(v) @ v)
 
-    def added(self, p: Tensor, weights: Tensor) -> Tensor:
+    def add(self, p: Tensor, weights: Tensor) -> Tensor:
         return weights + p @ self.select.to(p)
 
 
@@ -79,12 +79,12 @@ class Band(Columns):
         p, v = self.tokens.in_order(p), self.tokens.in_order(v)
         return self._rows(p[:, :, self.queries] @ v[:, :, self.keys])
 
-    def added(self, p: Tensor, weights: Tensor) -> Tensor:
+    def add(self, p: Tensor, weights: Tensor) -> Tensor:
         order = self.tokens.order
         place = self.rank.clamp(0, order.shape[1] - 1)
         if self.tokens.ignored is not None:
             place = order[:, None].expand(-1, order.shape[1], -1).gather(2, place)
-        return weights.scatter_add(3, place[:, None].expand_as(p), p)
+        return weights.scatter_add_(3, place[:, None].expand_as(p), p)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(B, H, blocks, queries, d) -> (B, H, n, d)."""
