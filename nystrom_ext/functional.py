@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  registers the ops
+from . import _library, _weights  # noqa: F401  registers the ops
 from ._warnings import warn_once
 
 
@@ -103,33 +105,44 @@ def nystrom_attention_weights(
     pinned: int = 0,
     self_attention: bool | None = None,
     average_heads: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection: O(L S) memory.
+    """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection.
 
-    Arguments as for :func:`nystrom_attention`. It is the attention of the identity, so masks, regimes and dropout are
-    those of the operator itself. Rows may have negative entries and sum to 1 only approximately.
+    The other arguments as for :func:`nystrom_attention`, whose masks, regimes and dropout (the same entries for the
+    same random state) are the matrix's. Rows may have negative entries and sum to 1 only approximately.
+
+    All of it is O(L S) in time and memory: H L S numbers, or L S with ``average_heads``, which never makes more. A few
+    ``rows`` cost O(R S) memory and O(R (m + S) + (L + S) m) time, as the operator itself.
+
+    Args:
+        average_heads: the mean over the heads.
+        rows: (R,) int64 on the device of query: positions of the queries whose rows are wanted, in any order. A class
+            token's is ``torch.tensor([0])``.
 
     Returns:
-        (B, H, L, S), or (B, L, S) with ``average_heads``.
+        (B, H, L, S) or (B, H, R, S), without H with ``average_heads``, in the dtype of query. Ignored queries have rows
+        of zeros, ignored keys columns of zeros. Differentiable any number of times with respect to query and key.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; the message names the rule and the way out.
     """
-    identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
-    weights = nystrom_attention(
-        query,
-        key,
-        identity.expand(*key.shape[:2], -1, -1),
-        key_padding_mask,
-        query_padding_mask=query_padding_mask,
-        num_landmarks=num_landmarks,
-        pinv_iterations=pinv_iterations,
-        scale=scale,
-        dropout_p=dropout_p,
-        coefficient=coefficient,
-        enable_gqa=enable_gqa,
-        window=window,
-        pinned=pinned,
-        self_attention=self_attention,
-    )
-    return weights.mean(1) if average_heads else weights
+    if key_padding_mask is not None or query_padding_mask is not None or self_attention:
+        key_padding_mask, query_padding_mask = _both_masks(
+            query, key, key_padding_mask, query_padding_mask, self_attention, num_landmarks
+        )
+    options: dict[str, Any] = {
+        "query_padding_mask": query_padding_mask,
+        "num_landmarks": num_landmarks,
+        "pinv_iterations": pinv_iterations,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "coefficient": coefficient,
+        "enable_gqa": enable_gqa,
+        "window": window,
+        "pinned": pinned,
+    }
+    return _weights.attention_weights(query, key, key_padding_mask, average_heads, rows, **options)
 
 
 _UNKNOWN_PADDING = (

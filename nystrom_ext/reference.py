@@ -199,7 +199,7 @@ def dropout_multiplier(rng_state: Tensor | None, p: float, heads: Tensor, rows: 
 WORD = 0xFFFFFFFF
 
 
-def philox(counter: list[Tensor], k0: int, k1: int) -> list[Tensor]:
+def philox(counter: list[Tensor], k0: int | Tensor, k1: int | Tensor) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
     for _ in range(10):

@@ -1,0 +1,180 @@
+"""The attention matrix that the operator applies, from its factors: all of it, its mean over the heads, or some rows.
+
+Shapes as in `_problem`; R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ._autocast import cast_inputs
+from ._columns import Columns
+from ._composite import factors
+from ._problem import Problem, at, masked, zero
+from ._tokens import Tokens
+
+# Numbers of P3 in a block of keys where only some rows are wanted, so that P3 is never there as a whole: 8 MB.
+BLOCK = 2**21
+
+
+@cast_inputs
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Tensor | None,
+    average_heads: bool,
+    rows: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`nystrom_ext.nystrom_attention_weights`."""
+    check(query, key, key_padding_mask, rows, options)
+    if options["dropout_p"] > 0:  # as the operator draws it
+        options["rng_state"] = torch.randint(2**63 - 1, (2,), device=query.device)
+    problem = Problem(query, key, key_padding_mask, **options)
+    if rows is None:
+        return whole_matrix(problem, query, key, average_heads)
+    weights = some_rows(problem, query, key, rows)
+    return weights.mean(1) if average_heads else weights
+
+
+def check(
+    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, rows: Tensor | None, options: dict[str, Any]
+) -> None:
+    """ValueError as of the operator, which is asked without data."""
+    masks = {"key_padding_mask": key_padding_mask, "query_padding_mask": options["query_padding_mask"]}
+    for name, x in {"key": key, **masks, "rows": rows}.items():
+        if x is not None and x.device != query.device:
+            raise ValueError(
+                f"nystrom_attention_weights: {name} must be on the device of query, {query.device}, got {x.device}; "
+                f"move it there with .to()"
+            )
+    shapes = {name: x if x is None else x.detach().to("meta") for name, x in masks.items()}
+    q, k = (x.detach().to("meta") for x in (query, key))
+    torch.ops.nystrom_ext.attention(q, k, k, **{**options, **shapes})
+    if (options["window"] or options["pinned"]) and masks["key_padding_mask"] is not masks["query_padding_mask"]:
+        require(
+            torch.eq(*masks.values()).all(),
+            "window and pinned need the same mask for queries and keys, got two that differ; pass one mask twice, or "
+            "leave window and pinned out",
+        )
+    if rows is None:
+        return
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(
+            f"nystrom_attention_weights: rows must be an int64 tensor of shape (R,), positions of queries, got "
+            f"{rows.dtype} of shape {tuple(rows.shape)}; torch.tensor([0]) is the first query's"
+        )
+    require(
+        ((rows >= 0) & (rows < query.shape[2])).all(),
+        "rows must be positions of queries, from 0 to L - 1, got others; add L to those that count from the end",
+    )
+
+
+def require(condition: Tensor, message: str) -> None:
+    """ValueError on the CPU; compiled, or elsewhere, RuntimeError without waiting for it."""
+    message = f"nystrom_attention_weights: {message}"
+    if torch.compiler.is_compiling() or not condition.is_cpu:
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def whole_matrix(problem: Problem, query: Tensor, key: Tensor, average_heads: bool) -> Tensor:
+    """(B, H, L, S), or the mean over the heads (B, L, S): one product with the heads side by side."""
+    f, ignored = factors(problem, query, key), problem.queries.ignored
+    left = zero(f.left, ignored)
+    if average_heads:
+        weights = (left.transpose(1, 2).flatten(2) / problem.heads @ f.right.flatten(1, 2))[:, None]
+    else:
+        weights = left @ f.right
+    for columns, p in f.columns:
+        weights = columns.add(zero(p.mean(1, keepdim=True) if average_heads else p, ignored), weights)
+    weights = weights.to(query.dtype)
+    return weights[:, 0] if average_heads else weights
+
+
+def some_rows(problem: Problem, query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """(B, H, R, S) for queries at ``rows`` in O(R (m + S) + (L + S) m) time and O(R S) memory: blocks of keys, one
+    after another, which the backward pass computes again."""
+    ignored = at(problem.queries.ignored, rows)
+    q = problem.prepare(query.index_select(2, rows), ignored)
+    qt, kt = _means(problem, query, problem.queries), _means(problem, key, problem.keys)
+    blocks = _Blocks(problem, key)
+    lse = blocks.logsumexp(qt)
+    if problem.has_window or problem.has_pinned:
+        columns = [Columns(problem.keys)]
+        scores = [blocks.cat(blocks.scores, q)]
+        p1, *exact = problem.query_pass(q, kt, problem.missed(qt, kt, lse), columns, scores, rows)
+    else:
+        p1, *exact = problem.query_pass(q, kt, rows=rows)
+    left = torch.where(problem.by_queries, problem.own(rows), p1 @ problem.inverse(qt, kt))
+    weights = blocks.cat(blocks.weights, p1, left, qt, lse)
+    for p in exact:
+        weights = weights + p
+    return zero(weights, ignored).to(query.dtype)
+
+
+class _Blocks:
+    """The keys in blocks, and what is computed of each."""
+
+    def __init__(self, problem: Problem, key: Tensor) -> None:
+        self.problem, self.key = problem, key
+        self.members = problem.keys.members(problem.slots)
+        self.spans = _spans(problem, key.shape[2])
+
+    def each(self, function: Callable[..., Any], *tensors: Tensor) -> list[Any]:
+        """function(span, *tensors) of each block; without keeping its intermediate results for the backward pass."""
+        if len(self.spans) == 1 or not torch.is_grad_enabled():
+            return [function(span, *tensors) for span in self.spans]
+        return [checkpoint(function, span, *tensors, use_reentrant=False) for span in self.spans]
+
+    def cat(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return torch.cat(self.each(function, *tensors), -1)
+
+    def scores(self, span: slice, q: Tensor) -> Tensor:
+        """q k^T (B, H, R, keys)."""
+        return q @ self.problem.prepare(self.key[:, :, span], _part(self.problem.keys.ignored, span)).mT
+
+    def logsumexp(self, qt: Tensor) -> Tensor:
+        """LSE3 (B, H, m)."""
+
+        def block(span: slice, qt: Tensor) -> Tensor:
+            scores = self.problem.scale * self.scores(span, qt)
+            return masked(scores, self.problem.free[..., span]).logsumexp(-1)
+
+        some = torch.stack([self.problem.free[..., span].any(-1) for span in self.spans], -1)
+        return masked(torch.stack(self.each(block, qt), -1), some).logsumexp(-1)
+
+    def weights(self, span: slice, p1: Tensor, left: Tensor, qt: Tensor, lse: Tensor) -> Tensor:
+        """left P3 (B, H, R, keys), or P1 where every key is its own landmark."""
+        p, free = self.problem, self.problem.free[..., span]
+        p3 = (p.scale * self.scores(span, qt) - lse[..., None]).masked_fill(~free, -torch.inf).exp()
+        own = p1.flatten(1, 2) @ self.members[..., span].to(p1)
+        return torch.where(p.by_keys, own.unflatten(1, p1.shape[1:3]), left @ p.drop_keys(p3, span))
+
+
+def _means(problem: Problem, x: Tensor, tokens: Tokens) -> Tensor:
+    """Of segments, (B, H, m, d), without a copy of x (B, H or H_kv, n, d)."""
+    members = tokens.members(problem.slots)
+    parts = [
+        problem.sums(problem.prepare(x[:, :, span], _part(tokens.ignored, span)), members[..., span])
+        for span in _spans(problem, x.shape[2])
+    ]
+    return problem.divide(torch.stack(parts).sum(0), tokens)
+
+
+def _spans(problem: Problem, n: int) -> list[slice]:
+    """Blocks of tokens. One if the length is symbolic: a graph is for all lengths."""
+    if torch.compiler.is_compiling() or not isinstance(n, int):
+        return [slice(None)]
+    size = max(BLOCK // max(problem.slots * problem.samples * problem.heads, 1), 1)
+    return [slice(first, first + size) for first in range(0, max(n, 1), size)]
+
+
+def _part(ignored: Tensor | None, span: slice) -> Tensor | None:
+    return None if ignored is None else ignored[:, span]
