@@ -29,4 +29,13 @@ NYSTROM_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key,
                                  const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
                                  const AttentionOptions& options = {});
 
+// The same for sequences packed one after another: query (total_q, H, d), key (total_k, H_kv, d), value (total_k, H_kv,
+// e)
+// -> (total_q, H, e). Sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1, at most max_seqlen_q of
+// them, and the keys likewise; offsets int32 or int64 (B + 1). The options' mask must be empty.
+NYSTROM_API at::Tensor attention_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                        const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                        int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                        const AttentionOptions& options = {});
+
 }  // namespace nystrom_ext

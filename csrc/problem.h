@@ -22,13 +22,40 @@ struct Operand {
 
 // The tokens of one side (queries or keys). Valid tokens are counted by rank; segments are cut over ranks, so padding
 // never moves a boundary (mathematics.md, section 1).
+//
+// Packed samples lie one after another in an operand without a batch stride; positions are a sample's own there too.
 struct Tokens {
-  int64_t length = 0;                // L or S: positions per sample
+  int64_t length = 0;                // L or S: positions per sample; packed, the most that one has
   int64_t landmarks = 0;             // rows of Qt or Kt per head: min(m, length)
+  int64_t total = 0;                 // packed: positions of all samples
+  const int64_t* first = nullptr;    // packed (batch + 1): where each sample's position 0 lies, then the total
   const bool* ignored = nullptr;     // (batch, length), true = padding; null: every token is valid
   const int64_t* count = nullptr;    // (batch): L' or S'
   const int64_t* index = nullptr;    // (batch, length): rank -> position; null: the identity
   const int64_t* offsets = nullptr;  // (batch, landmarks + 1): segment j holds ranks offsets[j] .. offsets[j + 1] - 1
+
+  constexpr int64_t all(int64_t batch) const { return first ? total : batch * length; }
+};
+
+// Chunks of `size` ranks in each sample, numbered through all samples: chunk c of sample b is slot begin(b) + c, and
+// the first chunk has a slot even where it is empty. Packed samples begin at the slot that follows from their first
+// token, with no sum over the samples before; what that leaves over are few slots, at most one a sample.
+struct Slots {
+  const Tokens& tokens;
+  int64_t batch, size;
+
+  constexpr int64_t chunks() const { return tokens.length > size ? divide_up(tokens.length, size) : 1; }  // not packed
+  constexpr int64_t begin(int64_t b) const { return tokens.first ? tokens.first[b] / size + b : b * chunks(); }
+  constexpr int64_t all() const { return tokens.first ? tokens.total / size + batch : batch * chunks(); }
+  constexpr int64_t sample(int64_t slot) const {
+    if (!tokens.first) return slot / chunks();
+    int64_t low = 0, high = batch;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (begin(middle) <= slot ? low : high) = middle;
+    }
+    return low;
+  }
 };
 
 struct Problem {
@@ -78,7 +105,7 @@ struct Backward : Forward {      // out: the gradient dO that arrives
   void* dw = nullptr;            // (N, columns, value_width)
   void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U), less dmissed
   void* dmissed = nullptr;       // (N, queries.landmarks) if extended
-  void* lse1 = nullptr;          // (N, queries.length) by rank, with a window: the backend's own
+  void* lse1 = nullptr;          // with a window, (sample, head, query) by rank: the backend's own
   void* delta1 = nullptr;        // likewise: rowsum(P1 * dP1)
 };
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import nystrom_attention
+from . import _library  # noqa: F401  registers the ops
 
 
 def nystrom_attention_varlen(
@@ -17,101 +16,84 @@ def nystrom_attention_varlen(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    **options: Any,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    *,
+    num_landmarks: int = 64,
+    pinv_iterations: int = 6,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    conv_weight: Tensor | None = None,
+    coefficient: str = "per_head",
+    enable_gqa: bool = False,
+    window: int = 0,
+    pinned: int = 0,
+    key_padding_mask: None = None,
+    query_padding_mask: None = None,
 ) -> Tensor:
     """:func:`nystrom_attention` of every sequence by itself: bit for bit what a call for it alone returns.
 
-    Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1`` and the keys likewise. The tokens are
-    copied into a padded batch and back, B x max_seqlen tokens of memory; the operator itself spends nothing on padding.
+    The kernels read the packed tokens where they are. Positional arguments are those of flash-attn's
+    ``flash_attn_varlen_func`` and of ``torch.nn.attention.varlen.varlen_attn``.
 
     Args:
-        query: (total_q, H, d). Dtypes and devices as for :func:`nystrom_attention`.
+        query: (total_q, H, d). Dtypes and devices as for :func:`nystrom_attention`, any strides.
         key: (total_k, H, d), or (total_k, H_kv, d) with ``enable_gqa``.
         value: (total_k, H, e) or (total_k, H_kv, e).
-        cu_seqlens_q: (B + 1) int32 or int64, cumulative lengths from 0 to total_q, on the device of query.
-        cu_seqlens_k: likewise up to total_k; the same tensor for self-attention.
-        max_seqlen_q: at least the longest sequence's length; found out here, it would keep a GPU waiting.
+        cu_seqlens_q: (B + 1) int32 or int64, cumulative lengths from 0 to total_q, on the device of query: sequence b
+            has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1``. Lengths may be 0.
+        cu_seqlens_k: likewise up to total_k; for self-attention the same tensor, or one that holds the same.
+        max_seqlen_q: at least the longest sequence's length, an integer or a tensor of one. None finds it out, on a
+            CPU; on a GPU the program would have to wait for it.
         max_seqlen_k: likewise.
-        **options: those of :func:`nystrom_attention` except the masks.
+        num_landmarks, pinv_iterations, scale, dropout_p, conv_weight, coefficient, enable_gqa, window, pinned:
+            as for :func:`nystrom_attention`. ``conv_weight`` ends at the sequences' borders; it, ``window`` and
+            ``pinned`` are for self-attention. With ``dropout_p`` entries are numbered as in a padded batch, by
+            sequence, head and position in the sequence: neither lengths nor contents of other sequences matter.
+            ``coefficient="global"`` couples the sequences.
+        key_padding_mask, query_padding_mask: refused, packed sequences have no padding.
 
     Returns:
         (total_q, H, e). Differentiable once with respect to query, key, value and conv_weight.
 
     Raises:
-        ValueError: tensors or options that do not fit.
-        RuntimeError: on a GPU or compiled, offsets that do not fit the tokens.
+        ValueError: tensors or options that do not fit; the message names the rule and the way out.
+        RuntimeError: on a GPU, later, offsets that do not fit the tokens.
     """
-    if masks := {"key_padding_mask", "query_padding_mask"} & options.keys():
-        raise ValueError(f"nystrom_attention_varlen has no padding, got {', '.join(sorted(masks))}; leave it out")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 3:
-            raise ValueError(
-                f"{name} must have shape (tokens, heads, features), got {tuple(x.shape)}; use .flatten(0, 1)"
-            )
-    if not torch.compiler.is_compiling() and len(value) != len(key):  # compiled, the copy says it
-        raise ValueError(f"key and value must have the same number of tokens, got {len(key)} and {len(value)}")
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, (torch.SymInt, Integral)):
-            raise ValueError(f"{name} must be an integer, got {longest!r}; int(max(lengths)) is it")
-    if (options.get("window") or options.get("pinned")) and max_seqlen_q != max_seqlen_k:
-        raise ValueError(
-            f"window and pinned need self-attention, got max_seqlen_q = {max_seqlen_q} and max_seqlen_k = "
-            f"{max_seqlen_k}; pass the same offsets and the same max_seqlen for both"
-        )
-    queries = _Packed("q", cu_seqlens_q, max_seqlen_q, query)
-    same = cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q and len(key) == len(query)
-    keys = queries if same else _Packed("k", cu_seqlens_k, max_seqlen_k, key)
-    if queries.samples != keys.samples:
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must hold the offsets of as many sequences, got "
-            f"{queries.samples} and {keys.samples}"
-        )
-    out = nystrom_attention(
-        queries.pad(query),
-        keys.pad(key),
-        keys.pad(value),
-        keys.ignored,
-        query_padding_mask=queries.ignored,
-        **options,
-    )
-    return queries.unpad(out)
-
-
-class _Packed:
-    """Where the tokens of one side go in a padded batch."""
-
-    def __init__(self, side: str, offsets: Tensor, longest: int, tokens: Tensor) -> None:
-        name, total = f"cu_seqlens_{side}", len(tokens)
+    if key_padding_mask is not None or query_padding_mask is not None:
+        name = "key_padding_mask" if key_padding_mask is not None else "query_padding_mask"
+        raise ValueError(f"nystrom_attention_varlen: packed sequences have no padding, got {name}; leave it out")
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(offsets, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(offsets).__name__}; torch.tensor(...) makes one")
-        if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{name} must have shape (sequences + 1) and dtype int32 or int64, got {tuple(offsets.shape)} of "
-                f"{offsets.dtype}; lengths.cumsum(0) with a 0 in front is it"
-            )
-        if offsets.device != tokens.device:
-            raise ValueError(f"{name} must be on the device of its tokens, {tokens.device}, got {offsets.device}")
-        self.samples, self.longest = len(offsets) - 1, longest
-        lengths = offsets.diff()
-        fits = (offsets[0] == 0) & (offsets[-1] == total) & (lengths >= 0).all() & (lengths <= longest).all()
-        rule = f"{name} must rise from 0 to the number of tokens, by at most max_seqlen_{side} at a time"
-        if not offsets.is_cpu or torch.compiler.is_compiling():  # a GPU is not waited for
-            torch._assert_async(fits, rule)
-        elif not fits:
-            found = f"{offsets.tolist()} for {total} tokens and max_seqlen_{side} = {longest}"
-            raise ValueError(f"{rule}, got {found}; lengths.cumsum(0) with a 0 in front fits")
-        token = torch.arange(total, device=offsets.device)
-        sample = torch.bucketize(token, offsets[1:], right=True)
-        self.place = sample * longest + token - offsets[sample]
-        self.ignored = torch.arange(longest, device=offsets.device) >= lengths[:, None]
+    return torch.ops.nystrom_ext.attention_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        _longest("q", max_seqlen_q, cu_seqlens_q),
+        _longest("k", max_seqlen_k, cu_seqlens_k),
+        conv_weight=conv_weight,
+        num_landmarks=num_landmarks,
+        pinv_iterations=pinv_iterations,
+        scale=scale,
+        dropout_p=dropout_p,
+        coefficient=coefficient,
+        enable_gqa=enable_gqa,
+        window=window,
+        pinned=pinned,
+    )
 
-    def pad(self, x: Tensor) -> Tensor:
-        """(total, H, d) -> (B, H, longest, d)"""
-        padded = x.new_zeros(self.samples * self.longest, *x.shape[1:]).index_copy(0, self.place, x)
-        return padded.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
-    def unpad(self, x: Tensor) -> Tensor:
-        """(B, H, longest, e) -> (total, H, e)"""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.place)
+def _longest(side: str, given: int | Tensor | None, offsets: Tensor) -> int:
+    if isinstance(given, (torch.SymInt, Integral)):
+        return given  # type: ignore[return-value]
+    if isinstance(given, Tensor) and given.numel() == 1 and not given.is_floating_point():
+        return int(given)
+    if given is None and offsets.is_cpu and offsets.numel() > 1 and not torch.compiler.is_compiling():
+        return int(offsets.diff().max())
+    raise ValueError(
+        f"max_seqlen_{side} must be an integer or a tensor of one (None only for offsets on a CPU, not compiled), got "
+        f"{given!r}; int(max(lengths)) is it"
+    )

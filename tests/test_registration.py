@@ -54,7 +54,7 @@ def test_opcheck_internal(L: int, m: int, window: int, pinned: int, taps: int, d
     x = [t.detach().to(device) for t in Problem(L=L, e=12, taps=taps).tensors(dtype)]
     mask, rng = padding_mask("holes", 2, L).to(device), torch.tensor([1, 2], device=device)
     options = (m, 6, 0.3, 0.2, False, window, pinned)
-    inputs = (*x[:3], mask, mask, x[3] if taps else None, rng)
+    inputs = (*x[:3], mask, mask, x[3] if taps else None, rng, None, None, 0, 0)
     opcheck(OPS._attention_forward.default, (*inputs, *options))
     out, *saved = OPS._attention_forward(*inputs, *options)
     opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options))
@@ -177,7 +177,7 @@ def test_meta_and_fake_cuda_tensors() -> None:
     assert nystrom_attention(x, x, x).shape == x.shape
     with torch._subclasses.FakeTensorMode():  # below autograd, which needs a CUDA build of torch even for fake tensors
         y = torch.empty(2, 3, 100, 8, device="cuda")
-        none, options = (None,) * 4, (64, 6, 0.3, 0.0, False, 16, 1)
+        none, options = (*(None,) * 6, 0, 0), (64, 6, 0.3, 0.0, False, 16, 1)
         out, *saved = OPS._attention_forward(y, y, y, *none, *options)
         gradients = OPS._attention_backward(out, y, y, y, *none, *saved, *options)
         assert all(t.device.type == "cuda" and t.shape == y.shape for t in (out, *gradients[:3]))

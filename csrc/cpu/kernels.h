@@ -11,20 +11,10 @@ namespace nystrom_ext::cpu {
 // Keys or queries per chunk: a function of m alone, so that results depend on nothing else. A chunk's m-sized partial
 // sums stay below a sixteenth of the chunk's own rows.
 constexpr int64_t chunk_length(int64_t m) { return m <= 64 ? 1024 : round_up(16 * m, 1024); }
-inline int64_t chunks(const Tokens& t, int64_t m) { return divide_up(t.length, chunk_length(m)); }
+inline Slots chunks(const Tokens& t, const Problem& p) { return {t, p.batch, chunk_length(p.landmarks)}; }
 
-// The chunk that a task of a pass stands for: tasks are numbered (sample, chunk, head), so that neighbours, which one
-// thread takes, share memory pages where a token's heads lie side by side, as they do in the results. `part` numbers
-// partial sums, (problem, chunk).
-struct ChunkTask {
-  int64_t problem, chunk, part;
-  ChunkTask(int64_t task, int64_t heads, int64_t chunks)
-      : problem(task / (heads * chunks) * heads + task % heads),
-        chunk(task / heads % chunks),
-        part(problem * chunks + chunk) {}
-};
-
-// Partial sums of one stage over (problem, chunk), reduced in chunk order.
+// Partial sums of one stage, reduced in chunk order. Large ones are those of a head's later chunks: the first chunk's
+// are the result itself, to which the others are added.
 struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;
 };
@@ -34,23 +24,23 @@ struct Partials {
 
 struct Kernels {
   // forward                                                            tasks; partials a, b, c
-  void (*landmarks)(const Forward&, int64_t, int64_t);                        // (problem, segment)
-  void (*key_pass)(const Forward&, const Partials&, int64_t, int64_t);        // (problem, key chunk); U, maxima, sums
+  void (*landmarks)(const Forward&, int64_t, int64_t);                        // (segment, problem)
+  void (*key_pass)(const Forward&, const Partials&, int64_t, int64_t);        // (key chunk, head); U, maxima, sums
   void (*key_pass_merge)(const Forward&, const Partials&, int64_t, int64_t);  // problem
   void (*coefficient)(const Forward&, double* c, int64_t, int64_t);           // problem; for the option "global" only
   void (*core)(const Forward&, const double* c, int64_t, int64_t);            // problem; c null: each head's own
-  void (*query_pass)(const Forward&, int64_t, int64_t);                       // (problem, query chunk)
+  void (*query_pass)(const Forward&, int64_t, int64_t);                       // (query chunk, head)
 
   // backward
   void (*query_pass_backward)(const Backward&, const Partials&, int64_t,
-                              int64_t);  // (problem, query chunk); dW, dKt, dmissed
+                              int64_t);  // (query chunk, head); dW, dKt, dmissed
   void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
   void (*core_backward)(const Backward&, const double* c, double* dc, int64_t, int64_t);  // problem
   void (*coefficient_backward)(const Backward&, int64_t problem, double dc);  // the one problem that attains a global c
   void (*key_pass_backward)(const Backward&, const Partials&, int64_t,
-                            int64_t);  // (sample, key head, chunk); dQt, dconv
+                            int64_t);  // (key chunk, key head); dQt, dconv
   void (*key_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
-  void (*landmarks_backward)(const Backward&, int64_t, int64_t);                        // (problem, segment)
+  void (*landmarks_backward)(const Backward&, int64_t, int64_t);                        // (segment, problem)
 };
 
 // Kernels of the fastest instruction set this processor has, or of NYSTROM_CPU_CAPABILITY=default|avx2|avx512.

@@ -60,23 +60,24 @@ void drop_columns(const Dropout& dropout, const Head& s, int64_t first, int64_t 
   }
 }
 
-// Task: (problem, key chunk). Partials: a = U unnormalised, b = maxima, c = sums.
+// Task: (key chunk, head). Partials: a = U of later chunks, unnormalised; b = maxima and c = sums of each task.
 template <class T>
 void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<KeyPassScratch<A>> scratch(static_cast<const Problem&>(f));
-  const int64_t n_chunks = chunks(f.keys, f.landmarks), chunk = chunk_length(f.landmarks), width = f.value_width();
+  const Slots slots = chunks(f.keys, f);
+  const int64_t chunk = slots.size, width = f.value_width();
   for (int64_t task = begin; task < end; ++task) {
-    const ChunkTask of(task, f.heads, n_chunks);
+    const ChunkTask of(task, f.heads, slots);
     const Head s(f, of.problem);
     const int64_t from = of.chunk * chunk, to = s.keys < from + chunk ? s.keys : from + chunk;
     if (from >= to || s.regime == Regime::exact_keys) continue;
     const Dropout dropout(f, s.n);
     const int64_t rows = f.queries.landmarks, m = padded(s.query_rows);
-    A* u = slice<A>(partials.a, of.part, rows, width);
-    A* maxima = slice<A>(partials.b, of.part, padded(rows));
-    A* sums = slice<A>(partials.c, of.part, padded(rows));
-    fill(u, rows * width, A(0));
+    A* u = partial<A>(f.u, partials.a, s, f.heads, of.chunk, slots, rows * width);
+    A* maxima = slice<A>(partials.b, task, padded(rows));
+    A* sums = slice<A>(partials.c, task, padded(rows));
+    fill(u, s.query_rows * width, A(0));
     fill(maxima, m, A(-__builtin_inf()));
     fill(sums, m, A(0));
     transpose(slice<A>(f.qt, s.n, rows, f.head_width()), s.query_rows, f.head_dim, f.head_width(), scratch->qt, m,
@@ -100,23 +101,24 @@ void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t
 template <class T>
 void key_pass_merge(const Forward& f, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t n_chunks = chunks(f.keys, f.landmarks), chunk = chunk_length(f.landmarks);
+  const Slots slots = chunks(f.keys, f);
   const int64_t rows = f.queries.landmarks, width = f.value_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(f, n);
     if (s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
-    const int64_t used = divide_up(s.keys, chunk);
+    const int64_t used = divide_up(s.keys, slots.size), first = slots.begin(s.b);
     for (int64_t j = 0; j < s.query_rows; ++j) {
-      const auto at = [&](void* buffer, int64_t c) { return slice<A>(buffer, n * n_chunks + c, padded(rows))[j]; };
+      const auto at = [&](void* buffer, int64_t c) {
+        return slice<A>(buffer, (first + c) * f.heads + s.h, padded(rows))[j];
+      };
       A top = at(partials.b, 0), total = 0;
       for (int64_t c = 1; c < used; ++c) top = maximum(top, at(partials.b, c));
       A* u = slice<A>(f.u, n, rows, width) + j * width;
-      fill(u, width, A(0));
       for (int64_t c = 0; c < used; ++c) {
         const A factor = __builtin_exp(at(partials.b, c) - top);
-        const A* part = slice<A>(partials.a, n * n_chunks + c, rows, width) + j * width;
+        const A* part = partial<A>(f.u, partials.a, s, f.heads, c, slots, rows * width) + j * width;
         total += factor * at(partials.c, c);
-        for (int64_t x = 0; x < width; ++x) u[x] += factor * part[x];
+        for (int64_t x = 0; x < width; ++x) u[x] = c == 0 ? factor * u[x] : u[x] + factor * part[x];
       }
       for (int64_t x = 0; x < width; ++x) u[x] /= total;
       slice<A>(f.lse, n, rows)[j] = top + __builtin_log(total);
@@ -126,7 +128,7 @@ void key_pass_merge(const Forward& f, const Partials& partials, int64_t begin, i
 
 template <class A>
 struct KeyPassBackwardScratch {
-  A *qt, *dut, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta, *share;
+  A *qt, *dut, *dqt, *scores, *dscores, *key, *value, *dkey, *dvalue, *lse, *delta, *share;
   A *taps, *window, *dtaps;
   WindowScratch<A> near;
   KeyPassBackwardScratch() = default;
@@ -134,6 +136,7 @@ struct KeyPassBackwardScratch {
     const int64_t m = padded(p.queries.landmarks), d = p.head_width(), e = p.value_width();
     qt = arena.take<A>(p.head_dim * m);
     dut = arena.take<A>(p.value_dim * m);
+    dqt = arena.take<A>(p.group() * p.queries.landmarks * d);
     scores = arena.take<A>(kBlock * m);
     dscores = arena.take<A>(kBlock * m);
     key = arena.take<A>(kBlock * d);

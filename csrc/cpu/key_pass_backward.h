@@ -47,9 +47,9 @@ void pack_query_head(const Backward& g, const Head& s, const KeyPassBackwardScra
 template <class T>
 void convolution_backward(const Backward& g, const Head& s, int64_t first, int64_t n, Tile<Acc<T>> v,
                           const KeyPassBackwardScratch<Acc<T>>& scratch) {
-  const Convolution<T> conv{rows<T>(g.out, s.b, s.h, g.value_dim, nullptr),
+  const Convolution<T> conv{query_rows<T>(g.out, s, g.value_dim).by_position(),
                             g.queries.ignored ? g.queries.ignored + s.b * g.queries.length : nullptr,
-                            g.queries.length,
+                            g.queries.first ? s.queries : g.queries.length,
                             g.taps,
                             g.taps - 1 - g.taps / 2,
                             scratch.taps,
@@ -61,24 +61,26 @@ void convolution_backward(const Backward& g, const Head& s, int64_t first, int64
   });
 }
 
-// Task: (sample, key head, key chunk): the query heads of a group add to one dK, dV, which is rounded once.
-// Partials: a = dQt, b = dconv, each (problem, key chunk).
+// Task: (key chunk, key head): the query heads of a group add to one dK, dV, which is rounded once. Partials: a = dQt
+// of later chunks; b = dconv, (key chunk, head). The first chunk adds its dQt to the core's share.
 template <class T>
 void key_pass_backward(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<KeyPassBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
-  const int64_t n_chunks = chunks(g.keys, g.landmarks), chunk = chunk_length(g.landmarks), group = g.group();
-  const int64_t d = g.head_width(), e = g.value_width();
+  const Slots slots = chunks(g.keys, g);
+  const int64_t chunk = slots.size, group = g.group();
+  const int64_t d = g.head_width(), e = g.value_width(), size = g.queries.landmarks * d;
   for (int64_t task = begin; task < end; ++task) {
-    const ChunkTask of(task, g.kv_heads, n_chunks);
+    const ChunkTask of(task, g.kv_heads, slots);
     const Head shared(g, of.problem * group);
     const int64_t c = of.chunk;
     const int64_t from = c * chunk, to = shared.keys < from + chunk ? shared.keys : from + chunk;
-    for (int64_t h = 0; h < group; ++h) {
-      const int64_t part = (shared.n + h) * n_chunks + c;
-      fill(slice<A>(partials.a, part, g.queries.landmarks, d), g.queries.landmarks * d, A(0));
-      fill(slice<A>(partials.b, part, g.taps), g.taps, A(0));
-    }
+    if (from >= to) continue;
+    const bool has_key_pass = shared.regime == Regime::nystrom || shared.regime == Regime::exact_queries;
+    A* dqt = c == 0 ? scratch->dqt : partial<A>(nullptr, partials.a, shared, g.heads, c, slots, size);
+    A* dconv = slice<A>(partials.b, of.slot * g.heads + shared.h, g.taps);
+    fill(dqt, has_key_pass ? group * size : 0, A(0));
+    fill(dconv, group * g.taps, A(0));
     const Rows<T> key = key_rows<T>(g.key, shared, g.head_dim), value = key_rows<T>(g.value, shared, g.value_dim);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
@@ -87,41 +89,41 @@ void key_pass_backward(const Backward& g, const Partials& partials, int64_t begi
       fill(scratch->dvalue, n * e, A(0));
       for (int64_t h = 0; h < group; ++h) {
         const Head s(g, shared.n + h);
-        const int64_t part = s.n * n_chunks + c;
         if (i == from || group > 1) pack_query_head<T>(g, s, *scratch);
-        key_block_backward(g, s, i, n, k, v, *scratch, slice<A>(partials.a, part, g.queries.landmarks, d));
+        key_block_backward(g, s, i, n, k, v, *scratch, dqt + h * size);
         if (s.window > 0) window_keys_backward<T>(g, s, i, n, k, v, scratch->near, scratch->dkey, scratch->dvalue);
         if (g.taps == 0) continue;
         constexpr int W = Simd<A>::width;
         fill(scratch->dtaps, g.taps * W, A(0));
         convolution_backward<T>(g, s, i, n, v, *scratch);
-        A* dconv = slice<A>(partials.b, part, g.taps);
-        for (int64_t t = 0; t < g.taps; ++t) dconv[g.taps - 1 - t] += sum<A>(load(scratch->dtaps + t * W));
+        for (int64_t t = 0; t < g.taps; ++t) {
+          dconv[(h + 1) * g.taps - 1 - t] += sum<A>(load(scratch->dtaps + t * W));
+        }
       }
       key_rows<T>(g.dkey, shared, g.head_dim).write(i, n, {scratch->dkey, d});
       key_rows<T>(g.dvalue, shared, g.value_dim).write(i, n, {scratch->dvalue, e});
     }
+    if (c == 0 && has_key_pass) add(slice<A>(g.dqt, shared.n, size), dqt, group * size);
   }
 }
 
-// Task: problem. Sums the chunks in order: dQt, on top of the core's share; dconv over the samples, in the first
-// sample's tasks.
+// Task: problem. Adds the later chunks in order: dQt; and in the first sample's tasks dconv, over all samples.
 template <class T>
 void key_pass_backward_merge(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t n_chunks = chunks(g.keys, g.landmarks), chunk = chunk_length(g.landmarks);
+  const Slots slots = chunks(g.keys, g);
   const int64_t size = g.queries.landmarks * g.head_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
-    for (int64_t c = 0; s.regime >= Regime::exact_queries && c * chunk < s.keys; ++c) {
-      add(slice<A>(g.dqt, n, size), slice<A>(partials.a, n * n_chunks + c, size), size);
+    for (int64_t c = 1; s.regime >= Regime::exact_queries && c * slots.size < s.keys; ++c) {
+      add(slice<A>(g.dqt, n, size), partial<A>(nullptr, partials.a, s, g.heads, c, slots, size), size);
     }
     if (g.taps == 0 || n >= g.heads) continue;
     A* dconv = slice<A>(g.dconv, n, g.taps);
     fill(dconv, g.taps, A(0));
     for (int64_t b = 0; b < g.batch; ++b) {
-      for (int64_t c = 0; c < n_chunks; ++c) {
-        add(dconv, slice<A>(partials.b, (b * g.heads + n) * n_chunks + c, g.taps), g.taps);
+      for (int64_t c = 0; c * slots.size < g.keys.count[b]; ++c) {
+        add(dconv, slice<A>(partials.b, (slots.begin(b) + c) * g.heads + n, g.taps), g.taps);
       }
     }
   }

@@ -31,15 +31,15 @@ void segment_mean(const Rows<T>& x, int64_t begin, int64_t end, Acc<T>* mean, co
   for (int64_t c = 0; c < width; ++c) mean[c] /= size;
 }
 
-// Task: (problem, segment).
+// Task: (segment, problem), so that the segments of one long sample among short ones go to all threads.
 template <class T>
 void landmarks(const Forward& f, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<LandmarksScratch<A>> scratch(static_cast<const Problem&>(f));
-  const int64_t segments = f.segments();
+  const int64_t width = f.head_width();
   for (int64_t task = begin; task < end; ++task) {
-    const Head s(f, task / segments);
-    const int64_t j = task % segments, width = f.head_width();
+    const Head s(f, task % f.problems());
+    const int64_t j = task / f.problems();
     if (j < s.query_rows) {
       segment_mean(query_rows<T>(f.query, s, f.head_dim), s.query_offsets[j], s.query_offsets[j + 1],
                    slice<A>(f.qt, s.n, f.queries.landmarks, width) + j * width, *scratch);
@@ -55,15 +55,15 @@ void landmarks(const Forward& f, int64_t begin, int64_t end) {
 }
 
 // Adds each query landmark's gradient to the queries it is the mean of: dQ_i += dQt_j / |segment j|.
-// Task: (problem, segment).
+// Task: (segment, problem).
 template <class T>
 void landmarks_backward(const Backward& g, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<LandmarksScratch<A>> scratch(static_cast<const Problem&>(g));
   const int64_t segments = g.queries.landmarks, width = g.head_width();
   for (int64_t task = begin; task < end; ++task) {
-    const Head s(g, task / segments);
-    const int64_t j = task % segments;
+    const Head s(g, task % g.problems());
+    const int64_t j = task / g.problems();
     if (j >= s.query_rows || s.regime == Regime::empty || s.regime == Regime::exact_keys) continue;
     const A* dqt = slice<A>(g.dqt, s.n, segments, width) + j * width;
     const int64_t from = s.query_offsets[j], to = s.query_offsets[j + 1];

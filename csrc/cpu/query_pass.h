@@ -75,14 +75,15 @@ void query_block(const Forward& f, const Head& s, const Dropout& dropout, int64_
   }
 }
 
-// Task: (problem, query chunk).
+// Task: (query chunk, head).
 template <class T>
 void query_pass(const Forward& f, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<QueryPassScratch<A>> scratch(static_cast<const Problem&>(f));
-  const int64_t n_chunks = chunks(f.queries, f.landmarks), chunk = chunk_length(f.landmarks);
+  const Slots slots = chunks(f.queries, f);
+  const int64_t chunk = slots.size;
   for (int64_t task = begin; task < end; ++task) {
-    const ChunkTask of(task, f.heads, n_chunks);
+    const ChunkTask of(task, f.heads, slots);
     const Head s(f, of.problem);
     const int64_t from = of.chunk * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
     if (from >= to) continue;
@@ -91,9 +92,9 @@ void query_pass(const Forward& f, int64_t begin, int64_t end) {
               padded(s.columns()), A(f.scale));
     if (s.extended) scratch->near.prepare(s);
     const Rows<T> out = query_rows<T>(f.out, s, f.value_dim);
-    const Convolution<T> conv{rows<T>(f.value, s.b, s.kv, f.value_dim, nullptr),
+    const Convolution<T> conv{key_rows<T>(f.value, s, f.value_dim).by_position(),
                               f.keys.ignored ? f.keys.ignored + s.b * f.keys.length : nullptr,
-                              f.keys.length,
+                              f.keys.first ? s.keys : f.keys.length,
                               f.taps,
                               f.taps / 2,
                               scratch->taps,
@@ -186,30 +187,32 @@ void window_block_backward(const Backward& g, const Head& s, const Dropout& drop
   });
 }
 
-// Task: (problem, query chunk). Partials: a = dW, b = dKt, c = dmissed.
+// Task: (query chunk, head). Partials of later chunks: a = dW, b = dKt, c = dmissed. The first chunk, even an empty
+// one, writes what the others are added to.
 template <class T>
 void query_pass_backward(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Scratch<QueryPassBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
-  const int64_t n_chunks = chunks(g.queries, g.landmarks), chunk = chunk_length(g.landmarks);
-  const int64_t rows = g.columns(), d = g.head_width(), e = g.value_width();
+  const Slots slots = chunks(g.queries, g);
+  const int64_t chunk = slots.size, rows = g.columns(), d = g.head_width(), e = g.value_width();
   for (int64_t task = begin; task < end; ++task) {
-    const ChunkTask of(task, g.heads, n_chunks);
+    const ChunkTask of(task, g.heads, slots);
     const Head s(g, of.problem);
     const int64_t from = of.chunk * chunk, to = s.queries < from + chunk ? s.queries : from + chunk;
-    if (from >= to) continue;
+    if (from >= to && of.chunk > 0) continue;
     const bool idle = s.regime == Regime::empty || s.regime == Regime::exact_queries;
     const Dropout dropout(g, s.n);
-    A* dw = slice<A>(partials.a, of.part, rows, e);
-    A* dkt = slice<A>(partials.b, of.part, rows, d);
-    fill(dw, rows * e, A(0));
-    fill(dkt, rows * d, A(0));
+    const auto place = [&](void* result, void* later, int64_t size) {
+      A* sums = partial<A>(result, later, s, g.heads, of.chunk, slots, size);
+      fill(sums, size, A(0));
+      return sums;
+    };
+    A *dw = place(g.dw, partials.a, rows * e), *dkt = place(g.dkt, partials.b, rows * d);
+    A* dmissed = place(g.dmissed, partials.c, g.extended() ? g.queries.landmarks : 0);
     const int64_t m = padded(s.columns());
     transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, m, A(g.scale));
     transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
     if (s.extended) scratch->near.prepare(s);
-    A* dmissed = slice<A>(partials.c, of.part, g.extended() ? g.queries.landmarks : 0);
-    fill(dmissed, g.extended() ? g.queries.landmarks : 0, A(0));
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
@@ -226,25 +229,21 @@ void query_pass_backward(const Backward& g, const Partials& partials, int64_t be
   }
 }
 
-// Task: problem. Sums the chunks in order: dW, dKt.
+// Task: problem. Adds the later chunks in order: dW, dKt, dmissed.
 template <class T>
 void query_pass_backward_merge(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t n_chunks = chunks(g.queries, g.landmarks), chunk = chunk_length(g.landmarks);
-  const int64_t rows = g.columns(), d = g.head_width(), e = g.value_width();
+  const Slots slots = chunks(g.queries, g);
+  const int64_t rows = g.columns(), segments = g.extended() ? g.queries.landmarks : 0;
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
-    A* dw = slice<A>(g.dw, n, rows, e);
-    A* dkt = slice<A>(g.dkt, n, rows, d);
-    const int64_t segments = g.extended() ? g.queries.landmarks : 0;
-    A* dmissed = slice<A>(g.dmissed, n, segments);
-    fill(dw, rows * e, A(0));
-    fill(dkt, rows * d, A(0));
-    fill(dmissed, segments, A(0));
-    for (int64_t c = 0; c * chunk < s.queries; ++c) {
-      add(dw, slice<A>(partials.a, n * n_chunks + c, rows, e), rows * e);
-      add(dkt, slice<A>(partials.b, n * n_chunks + c, rows, d), rows * d);
-      add(dmissed, slice<A>(partials.c, n * n_chunks + c, segments), segments);
+    const auto merge = [&](void* result, void* later, int64_t c, int64_t size) {
+      add(slice<A>(result, n, size), partial<A>(nullptr, later, s, g.heads, c, slots, size), size);
+    };
+    for (int64_t c = 1; c * slots.size < s.queries; ++c) {
+      merge(g.dw, partials.a, c, rows * g.value_width());
+      merge(g.dkt, partials.b, c, rows * g.head_width());
+      merge(g.dmissed, partials.c, c, segments);
     }
   }
 }

@@ -77,6 +77,7 @@ struct Rows {
   const int64_t* index;  // rank -> position, null: the identity
 
   int64_t position(int64_t rank) const { return index ? index[rank] : rank; }
+  Rows by_position() const { return {data, token, feature, columns, nullptr}; }
 
   // One row as accumulators; zeros up to padded(columns).
   void read(int64_t position, A* to) const {
@@ -122,10 +123,5 @@ struct Rows {
     for (int64_t i = 0; i < count; ++i) write(position(first + i), from.data + i * from.ld);
   }
 };
-
-template <class T>
-Rows<T> rows(const Operand& x, int64_t b, int64_t h, int64_t columns, const int64_t* index) {
-  return {static_cast<T*>(x.data) + b * x.batch + h * x.head, x.token, x.feature, columns, index};
-}
 
 }  // namespace

@@ -15,11 +15,12 @@ enum class Regime {
 // One (sample, head): problem n = b * heads + h.
 struct Head {
   Regime regime;
-  int64_t n, b, h, kv;           // kv: the key head of query head h
-  int64_t queries, keys;         // L', S'
-  int64_t query_rows, key_rows;  // landmarks in use: rows of Qt, U and of Kt, W
-  bool extended;                 // window or pinned tokens in the query pass: in the Nyström regime only
-  int64_t window, pinned;        // 0 unless extended
+  int64_t n, b, h, kv;             // kv: the key head of query head h
+  int64_t queries, keys;           // L', S'
+  int64_t first_query, first_key;  // where position 0 lies in an operand; not 0 in packed samples
+  int64_t query_rows, key_rows;    // landmarks in use: rows of Qt, U and of Kt, W
+  bool extended;                   // window or pinned tokens in the query pass: in the Nyström regime only
+  int64_t window, pinned;          // 0 unless extended
   const int64_t *query_index, *key_index;
   const int64_t *query_offsets, *key_offsets;
 
@@ -30,6 +31,8 @@ struct Head {
         kv(h / p.group()),
         queries(p.queries.count[b]),
         keys(p.keys.count[b]),
+        first_query(p.queries.first ? p.queries.first[b] : 0),
+        first_key(p.keys.first ? p.keys.first[b] : 0),
         query_rows(queries < p.landmarks ? queries : p.landmarks),
         key_rows(keys < p.landmarks ? keys : p.landmarks),
         extended(false),
@@ -67,17 +70,45 @@ struct Head {
 // The part of one head that an operand holds.
 template <class T>
 Rows<T> query_rows(const Operand& x, const Head& s, int64_t columns) {
-  return rows<T>(x, s.b, s.h, columns, s.query_index);
+  T* data = static_cast<T*>(x.data) + s.b * x.batch + s.first_query * x.token + s.h * x.head;
+  return {data, x.token, x.feature, columns, s.query_index};
 }
 template <class T>
 Rows<T> key_rows(const Operand& x, const Head& s, int64_t columns) {
-  return rows<T>(x, s.b, s.kv, columns, s.key_index);
+  T* data = static_cast<T*>(x.data) + s.b * x.batch + s.first_key * x.token + s.kv * x.head;
+  return {data, x.token, x.feature, columns, s.key_index};
 }
 
 // Problem n's slice of an m-sized buffer.
 template <class A>
 A* slice(void* buffer, int64_t n, int64_t rows, int64_t width = 1) {
   return static_cast<A*>(buffer) + n * rows * width;
+}
+
+// The chunk that a task of a pass stands for: tasks are numbered (slot, head), so that neighbours, which one thread
+// takes, share memory pages where a token's heads lie side by side, as they do in the results.
+struct ChunkTask {
+  int64_t slot, sample, problem, chunk;
+  ChunkTask(int64_t task, int64_t heads, const Slots& slots)
+      : slot(task / heads),
+        sample(slots.sample(slot)),
+        problem(sample * heads + task % heads),
+        chunk(slot - slots.begin(sample)) {}
+};
+
+// The place for the partial sums of one chunk of a head: the result's own for the first chunk, which later slots are
+// counted without.
+template <class A>
+A* partial(void* result, void* later, const Head& s, int64_t heads, int64_t chunk, const Slots& slots, int64_t size) {
+  if (chunk == 0) return slice<A>(result, s.n, size);
+  return slice<A>(later, (slots.begin(s.b) + chunk - s.b - 1) * heads + s.h, size);
+}
+
+// A head's slice of a buffer with one number a query.
+template <class A>
+A* query_slice(void* buffer, const Problem& p, const Head& s) {
+  const int64_t begin = p.queries.first ? p.heads * s.first_query + s.h * s.queries : s.n * p.queries.length;
+  return static_cast<A*>(buffer) + begin;
 }
 
 }  // namespace

@@ -199,8 +199,8 @@ void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Ti
 template <class A>
 void keep_row_statistics(const Backward& g, const Head& s, int64_t first, int64_t n, const A* lse, const A* delta) {
   if (s.window == 0) return;
-  std::memcpy(slice<A>(g.lse1, s.n, g.queries.length) + first, lse, size_t(n) * sizeof(A));
-  std::memcpy(slice<A>(g.delta1, s.n, g.queries.length) + first, delta, size_t(n) * sizeof(A));
+  std::memcpy(query_slice<A>(g.lse1, g, s) + first, lse, size_t(n) * sizeof(A));
+  std::memcpy(query_slice<A>(g.delta1, g, s) + first, delta, size_t(n) * sizeof(A));
 }
 
 // dmissed_sigma += the sums over the landmarks of the rows of dS1 in segment sigma.

@@ -11,7 +11,7 @@ namespace {
 // LSE1 and delta1 of ranks first - w .. first + n + w - 1; queries that do not exist have P1 = exp(-infinity) = 0.
 template <class A>
 void read_row_statistics(const Backward& g, const Head& s, int64_t first, int64_t n, const WindowScratch<A>& scratch) {
-  const A *lse = slice<A>(g.lse1, s.n, g.queries.length), *delta = slice<A>(g.delta1, s.n, g.queries.length);
+  const A *lse = query_slice<A>(g.lse1, g, s), *delta = query_slice<A>(g.delta1, g, s);
   for (int64_t i = 0; i < around_width(s.window); ++i) {
     const int64_t rank = first - s.window + i;
     const bool exists = rank >= 0 && rank < s.queries && i < n + 2 * s.window;

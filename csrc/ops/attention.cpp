@@ -83,9 +83,10 @@ void set(Forward& f, const at::Tensor& out, const Saved& saved) {
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
-                      const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
-                      int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient, int64_t window,
-                      int64_t pinned) {
+                      const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
+                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                      c10::SymInt max_seqlen_k, int64_t num_landmarks, int64_t pinv_iterations, double scale,
+                      double dropout_p, bool global_coefficient, int64_t window, int64_t pinned) {
   Arguments a{query,
               key,
               value,
@@ -93,6 +94,10 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
               query_padding_mask,
               conv_weight,
               rng_state,
+              cu_seqlens_q,
+              cu_seqlens_k,
+              max_seqlen_q,
+              max_seqlen_k,
               num_landmarks,
               pinv_iterations,
               scale,
@@ -101,13 +106,13 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
               window,
               pinned};
   check(a);
-  check_same_mask(a);
+  check_contents(a);
   const Backend& backend = backend_of(query);
   const c10::DeviceGuard guard(query.device());
   arrange(backend, a);
   Forward f{describe(a)};
 
-  const bool uneven = key_padding_mask || query_padding_mask ||
+  const bool uneven = key_padding_mask || query_padding_mask || a.packed() ||
                       std::min(f.queries.length, f.keys.length) <= std::max(f.landmarks, f.pinned);
   const auto options = accumulation(query);
   const int64_t rows = f.queries.landmarks, columns = f.columns(), d = f.head_width(), e = f.value_width();
@@ -123,10 +128,12 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
 
 BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
-                        const OptionalTensor& conv_weight, const OptionalTensor& rng_state, const at::Tensor& qt,
-                        const at::Tensor& kt, const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
-                        const at::Tensor& missed, int64_t num_landmarks, int64_t pinv_iterations, double scale,
-                        double dropout_p, bool global_coefficient, int64_t window, int64_t pinned) {
+                        const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
+                        const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                        c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& qt, const at::Tensor& kt,
+                        const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w, const at::Tensor& missed,
+                        int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
+                        bool global_coefficient, int64_t window, int64_t pinned) {
   Arguments a{query,
               key,
               value,
@@ -134,6 +141,10 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
               query_padding_mask,
               conv_weight,
               rng_state,
+              cu_seqlens_q,
+              cu_seqlens_k,
+              max_seqlen_q,
+              max_seqlen_k,
               num_landmarks,
               pinv_iterations,
               scale,
@@ -143,6 +154,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
               pinned};
   const Saved saved{qt, kt, u, lse, w, missed};
   check_backward(grad, a, saved);
+  if (query.is_cpu()) check_contents(a);  // elsewhere the forward pass has asked
   const Backend& backend = backend_of(query);
   const c10::DeviceGuard guard(query.device());
   arrange(backend, a);
@@ -171,16 +183,50 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   return {dquery, dkey, dvalue, dconv.to(query.scalar_type())};
 }
 
-// The public op below autograd: no gradient is needed, or none can be.
+// The public ops below autograd: no gradient is needed, or none can be.
 at::Tensor attention_without_grad(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                   const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
                                   const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
                                   std::optional<double> scale, double dropout_p, std::string_view coefficient,
                                   bool enable_gqa, int64_t window, int64_t pinned) {
-  return std::get<0>(
-      call_forward(resolve(query, key, value, key_padding_mask, query_padding_mask, conv_weight, num_landmarks,
-                           pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned)));
+  return std::get<0>(call_forward(resolve(
+      query, key, value, key_padding_mask, query_padding_mask,
+      {conv_weight, num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned})));
 }
+
+at::Tensor varlen_without_grad(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                               c10::SymInt max_seqlen_k, const OptionalTensor& conv_weight, int64_t num_landmarks,
+                               int64_t pinv_iterations, std::optional<double> scale, double dropout_p,
+                               std::string_view coefficient, bool enable_gqa, int64_t window, int64_t pinned) {
+  return from_row(std::get<0>(call_forward(resolve_packed(
+      query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k),
+      {conv_weight, num_landmarks, pinv_iterations, scale, dropout_p, coefficient, enable_gqa, window, pinned}))));
+}
+
+// Defaults and the seed; `a` has its tensors.
+Arguments complete(Arguments a, const Options& o) {
+  check_public_options(a.query, a.key, o.coefficient, o.enable_gqa);
+  a.conv_weight = o.conv_weight;
+  a.num_landmarks = o.num_landmarks;
+  a.pinv_iterations = o.pinv_iterations;
+  a.scale = o.scale.value_or(1.0);
+  a.dropout_p = o.dropout_p;
+  a.global_coefficient = o.coefficient == "global";
+  a.window = o.window;
+  a.pinned = o.pinned;
+  // The seed is drawn as a tensor by an op of torch's own: manual_seed, tracing, checkpointing and CUDA graphs all know
+  // it.
+  if (a.dropout_p > 0) {
+    a.rng_state = at::randint(std::numeric_limits<int64_t>::max(), {2}, a.query.options().dtype(at::kLong));
+  }
+  check(a);
+  if (!o.scale) a.scale = 1 / std::sqrt(double(a.query.sym_size(3).guard_int(__FILE__, __LINE__)));
+  return a;
+}
+
+// As torch's own functions take it: an undefined tensor is none.
+OptionalTensor given(const OptionalTensor& x) { return x && x->defined() ? x : std::nullopt; }
 
 template <class Signature>
 auto find(const char* name) {
@@ -192,49 +238,58 @@ auto find(const char* name) {
 void register_backend(at::DeviceType device, const Backend& backend) { backends()[size_t(device)] = &backend; }
 
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
-                  const OptionalTensor& conv_weight, int64_t num_landmarks, int64_t pinv_iterations,
-                  std::optional<double> scale, double dropout_p, std::string_view coefficient, bool enable_gqa,
-                  int64_t window, int64_t pinned) {
-  check_public_options(query, key, coefficient, enable_gqa);
-  Arguments a{
-      query,        key,           value,           key_padding_mask,    query_padding_mask, conv_weight,
-      std::nullopt, num_landmarks, pinv_iterations, scale.value_or(1.0), dropout_p,          coefficient == "global",
-      window,       pinned};
-  // The seed is drawn as a tensor by an op of torch's own: manual_seed, tracing, checkpointing and CUDA graphs all know
-  // it.
-  if (dropout_p > 0) {
-    a.rng_state = at::randint(std::numeric_limits<int64_t>::max(), {2}, query.options().dtype(at::kLong));
-  }
-  check(a);
-  if (!scale) a.scale = 1 / std::sqrt(double(query.sym_size(3).guard_int(__FILE__, __LINE__)));
-  return a;
+                  const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask, const Options& o) {
+  return complete({query, key, value, key_padding_mask, query_padding_mask}, o);
+}
+
+Arguments resolve_packed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                         c10::SymInt max_seqlen_k, const Options& o) {
+  check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k);
+  Arguments a{as_row(query), as_row(key), as_row(value)};
+  a.cu_seqlens_q = cu_seqlens_q.to(at::kLong);
+  a.cu_seqlens_k = cu_seqlens_k.is_same(cu_seqlens_q) ? a.cu_seqlens_q : cu_seqlens_k.to(at::kLong);
+  a.max_seqlen_q = std::move(max_seqlen_q);
+  a.max_seqlen_k = std::move(max_seqlen_k);
+  return complete(std::move(a), o);
 }
 
 ForwardResult call_forward(const Arguments& a) {
   static const auto op = find<ForwardOp>("nystrom_ext::_attention_forward");
   return op.call(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
+                 a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.num_landmarks, a.pinv_iterations,
+                 a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
 }
 
 BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s) {
   static const auto op = find<BackwardOp>("nystrom_ext::_attention_backward");
   return op.call(grad, a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                 s.qt, s.kt, s.u, s.lse, s.w, s.missed, a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p,
-                 a.global_coefficient, a.window, a.pinned);
+                 a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, s.qt, s.kt, s.u, s.lse, s.w, s.missed,
+                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
 }
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& key_padding_mask, const AttentionOptions& o) {
   static const auto op = find<decltype(attention_without_grad)>("nystrom_ext::attention");
-  // As torch's own functions take it: an undefined tensor is none.
-  const auto given = [](const OptionalTensor& x) { return x && x->defined() ? x : std::nullopt; };
   return op.call(query, key, value, given(key_padding_mask), given(o.query_padding_mask), given(o.conv_weight),
                  o.num_landmarks, o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa, o.window,
                  o.pinned);
 }
 
-TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) { m.impl("attention", TORCH_FN(attention_without_grad)); }
+at::Tensor attention_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                            int64_t max_seqlen_k, const AttentionOptions& o) {
+  static const auto op = find<decltype(varlen_without_grad)>("nystrom_ext::attention_varlen");
+  check_no_mask(given(o.query_padding_mask));
+  return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given(o.conv_weight),
+                 o.num_landmarks, o.pinv_iterations, o.scale, o.dropout_p, o.coefficient, o.enable_gqa, o.window,
+                 o.pinned);
+}
+
+TORCH_LIBRARY_IMPL(nystrom_ext, CompositeExplicitAutograd, m) {
+  m.impl("attention", TORCH_FN(attention_without_grad));
+  m.impl("attention_varlen", TORCH_FN(varlen_without_grad));
+}
 
 void implement(torch::Library& m) {
   m.impl("_attention_forward", TORCH_FN(forward));

@@ -43,7 +43,7 @@ int64_t* plan_side(Tokens& t, const Problem& p, int64_t* memory) {
   int64_t* offsets = count + p.batch;
   int64_t* index = offsets + p.batch * (t.landmarks + 1);
   for (int64_t b = 0; b < p.batch; ++b) {
-    int64_t n = t.length;
+    int64_t n = t.first ? t.first[b + 1] - t.first[b] : t.length;
     if (t.ignored) {
       n = 0;
       for (int64_t i = 0; i < t.length; ++i) {  // without a branch, which holes would have mispredicted
@@ -63,7 +63,8 @@ int64_t* plan_side(Tokens& t, const Problem& p, int64_t* memory) {
 }
 
 at::Tensor plan(Problem& p) {
-  const bool same = p.queries.ignored == p.keys.ignored && p.queries.length == p.keys.length;
+  const bool same =
+      p.queries.ignored == p.keys.ignored && p.queries.first == p.keys.first && p.queries.length == p.keys.length;
   const auto size = [&](const Tokens& t) { return p.batch * (1 + t.landmarks + 1 + (t.ignored ? t.length : 0)); };
   at::Tensor memory = at::empty({size(p.queries) + (same ? 0 : size(p.keys))}, at::kLong);
   int64_t* rest = plan_side(p.queries, p, memory.mutable_data_ptr<int64_t>());
@@ -79,9 +80,13 @@ void landmarks(const Forward& f) {
   parallel(f.problems() * f.segments(), [&](int64_t a, int64_t b) { kernels(f.dtype).landmarks(f, a, b); });
 }
 
+// Chunks of a head beyond its first one.
+int64_t later(const Problem& p, const Slots& slots) { return p.heads * (slots.all() - p.batch); }
+
 void key_pass(const Forward& f) {
-  const int64_t tasks = f.problems() * cpu::chunks(f.keys, f.landmarks), rows = f.queries.landmarks;
-  const at::Tensor u = buffer(f, tasks * rows * f.value_width());
+  const auto slots = cpu::chunks(f.keys, f);
+  const int64_t tasks = f.heads * slots.all(), rows = f.queries.landmarks;
+  const at::Tensor u = buffer(f, later(f, slots) * rows * f.value_width());
   const at::Tensor maxima = buffer(f, tasks * padded(rows)), sums = buffer(f, tasks * padded(rows));
   const Partials partials{u.data_ptr(), maxima.data_ptr(), sums.data_ptr()};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(f.dtype).key_pass(f, partials, a, b); });
@@ -111,14 +116,15 @@ void core(const Forward& f) {
 }
 
 void query_pass(const Forward& f) {
-  const int64_t tasks = f.problems() * cpu::chunks(f.queries, f.landmarks);
+  const int64_t tasks = f.heads * cpu::chunks(f.queries, f).all();
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(f.dtype).query_pass(f, a, b); });
 }
 
 void query_pass_backward(const Backward& g) {
-  const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.columns();
-  const at::Tensor dw = buffer(g, tasks * rows * g.value_width()), dkt = buffer(g, tasks * rows * g.head_width());
-  const at::Tensor dmissed = buffer(g, g.extended() ? tasks * g.queries.landmarks : 0);
+  const auto slots = cpu::chunks(g.queries, g);
+  const int64_t tasks = g.heads * slots.all(), parts = later(g, slots), rows = g.columns();
+  const at::Tensor dw = buffer(g, parts * rows * g.value_width()), dkt = buffer(g, parts * rows * g.head_width());
+  const at::Tensor dmissed = buffer(g, g.extended() ? parts * g.queries.landmarks : 0);
   const Partials partials{dw.data_ptr(), dkt.data_ptr(), dmissed.data_ptr()};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward_merge(g, partials, a, b); });
@@ -139,10 +145,11 @@ void core_backward(const Backward& g) {
 }
 
 void key_pass_backward(const Backward& g) {
-  const int64_t chunks = cpu::chunks(g.keys, g.landmarks), parts = g.problems() * chunks;
-  const at::Tensor dqt = buffer(g, parts * g.queries.landmarks * g.head_width()), dconv = buffer(g, parts * g.taps);
+  const auto slots = cpu::chunks(g.keys, g);
+  const at::Tensor dqt = buffer(g, later(g, slots) * g.queries.landmarks * g.head_width());
+  const at::Tensor dconv = buffer(g, g.heads * slots.all() * g.taps);
   const Partials partials{dqt.data_ptr(), dconv.data_ptr()};
-  parallel(g.batch * g.kv_heads * chunks,
+  parallel(g.kv_heads * slots.all(),
            [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward_merge(g, partials, a, b); });
 }
@@ -169,7 +176,7 @@ void forward(Forward& f) {
 
 void backward(Backward& g) {
   const at::Tensor tokens = plan(g);
-  const int64_t rows = g.window > 0 ? g.problems() * g.queries.length : 0;
+  const int64_t rows = g.window > 0 ? g.heads * g.queries.all(g.batch) : 0;
   const at::Tensor lse1 = buffer(g, rows), delta1 = buffer(g, rows);
   g.lse1 = lse1.data_ptr();
   g.delta1 = delta1.data_ptr();

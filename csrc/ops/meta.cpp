@@ -14,14 +14,33 @@ at::Tensor like_heads(const at::Tensor& x, const c10::SymInt& width) {
 
 ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
-                           const OptionalTensor& conv_weight, const OptionalTensor& rng_state, int64_t num_landmarks,
+                           const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
+                           const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                           c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, int64_t num_landmarks,
                            int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
                            int64_t window, int64_t pinned) {
-  check({query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, num_landmarks,
-         pinv_iterations, scale, dropout_p, global_coefficient, window, pinned});
+  const Arguments a{query,
+                    key,
+                    value,
+                    key_padding_mask,
+                    query_padding_mask,
+                    conv_weight,
+                    rng_state,
+                    cu_seqlens_q,
+                    cu_seqlens_k,
+                    max_seqlen_q,
+                    max_seqlen_k,
+                    num_landmarks,
+                    pinv_iterations,
+                    scale,
+                    dropout_p,
+                    global_coefficient,
+                    window,
+                    pinned};
+  check(a);
   const auto options = query.options().dtype(query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const auto B = query.sym_size(0), H = query.sym_size(1);
-  const auto rows_q = query.sym_size(2).min(num_landmarks), S = key.sym_size(2),
+  const auto B = a.samples(), H = query.sym_size(1);
+  const auto rows_q = a.longest_query().min(num_landmarks), S = a.longest_key(),
              rows_k = S.min(num_landmarks) + S.min(pinned);
   const auto d = padded(query.sym_size(3)), e = padded(value.sym_size(3));
   return {like_heads(query, value.sym_size(3)),
@@ -36,13 +55,16 @@ ForwardResult forward_meta(const at::Tensor& query, const at::Tensor& key, const
 BackwardResult backward_meta(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
                              const at::Tensor& value, const OptionalTensor& key_padding_mask,
                              const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
-                             const OptionalTensor& rng_state, const at::Tensor& qt, const at::Tensor& kt,
-                             const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w, const at::Tensor& missed,
-                             int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                             bool global_coefficient, int64_t window, int64_t pinned) {
+                             const OptionalTensor& rng_state, const OptionalTensor& cu_seqlens_q,
+                             const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
+                             const at::Tensor& qt, const at::Tensor& kt, const at::Tensor& u, const at::Tensor& lse,
+                             const at::Tensor& w, const at::Tensor& missed, int64_t num_landmarks,
+                             int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
+                             int64_t window, int64_t pinned) {
   check_backward(grad,
-                 {query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, num_landmarks,
-                  pinv_iterations, scale, dropout_p, global_coefficient, window, pinned},
+                 {query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, cu_seqlens_q,
+                  cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_landmarks, pinv_iterations, scale, dropout_p,
+                  global_coefficient, window, pinned},
                  {qt, kt, u, lse, w, missed});
   const auto taps = conv_weight ? conv_weight->sym_size(1) : c10::SymInt(0);
   return {like_heads(query, query.sym_size(3)), like_heads(key, key.sym_size(3)), like_heads(value, value.sym_size(3)),

@@ -48,6 +48,9 @@ void Schedule::parallel(int64_t tasks, const F& run) const {
   for (std::thread& thread : team) thread.join();
 }
 
+// Chunks of a head beyond its first one.
+int64_t Schedule::later(const Slots& slots) const { return call_.forward.heads * (slots.all() - call_.forward.batch); }
+
 void Schedule::landmarks() {
   const Forward& f = call_.forward;
   parallel(f.problems() * f.segments(), [&](int64_t a, int64_t b) { kernels_.landmarks(f, a, b); });
@@ -55,8 +58,9 @@ void Schedule::landmarks() {
 
 void Schedule::key_pass() {
   const Forward& f = call_.forward;
-  const int64_t tasks = f.problems() * cpu::chunks(f.keys, f.landmarks), rows = f.queries.landmarks;
-  const cpu::Partials partials{call_.buffer(tasks * rows * f.value_width()), call_.buffer(tasks * padded(rows)),
+  const Slots slots = cpu::chunks(f.keys, f);
+  const int64_t tasks = f.heads * slots.all(), rows = f.queries.landmarks;
+  const cpu::Partials partials{call_.buffer(later(slots) * rows * f.value_width()), call_.buffer(tasks * padded(rows)),
                                call_.buffer(tasks * padded(rows))};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels_.key_pass(f, partials, a, b); });
   parallel(f.problems(), [&](int64_t a, int64_t b) { kernels_.key_pass_merge(f, partials, a, b); });
@@ -79,16 +83,17 @@ void Schedule::core() {
 
 void Schedule::query_pass() {
   const Forward& f = call_.forward;
-  const int64_t tasks = f.problems() * cpu::chunks(f.queries, f.landmarks);
+  const int64_t tasks = f.heads * cpu::chunks(f.queries, f).all();
   parallel(tasks, [&](int64_t a, int64_t b) { kernels_.query_pass(f, a, b); });
 }
 
 void Schedule::query_pass_backward() {
   const Backward& g = call_.backward;
-  const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.columns();
-  const cpu::Partials partials{call_.buffer(tasks * rows * g.value_width()),
-                               call_.buffer(tasks * rows * g.head_width()),
-                               call_.buffer(g.extended() ? tasks * g.queries.landmarks : 0)};
+  const Slots slots = cpu::chunks(g.queries, g);
+  const int64_t tasks = g.heads * slots.all(), parts = later(slots), rows = g.columns();
+  const cpu::Partials partials{call_.buffer(parts * rows * g.value_width()),
+                               call_.buffer(parts * rows * g.head_width()),
+                               call_.buffer(g.extended() ? parts * g.queries.landmarks : 0)};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels_.query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels_.query_pass_backward_merge(g, partials, a, b); });
 }
@@ -108,10 +113,10 @@ void Schedule::core_backward() {
 
 void Schedule::key_pass_backward() {
   const Backward& g = call_.backward;
-  const int64_t chunks = cpu::chunks(g.keys, g.landmarks), parts = g.problems() * chunks;
-  const cpu::Partials partials{call_.buffer(parts * g.queries.landmarks * g.head_width()), call_.buffer(parts * g.taps),
-                               nullptr};
-  parallel(g.batch * g.kv_heads * chunks, [&](int64_t a, int64_t b) { kernels_.key_pass_backward(g, partials, a, b); });
+  const Slots slots = cpu::chunks(g.keys, g);
+  const cpu::Partials partials{call_.buffer(later(slots) * g.queries.landmarks * g.head_width()),
+                               call_.buffer(g.heads * slots.all() * g.taps), nullptr};
+  parallel(g.kv_heads * slots.all(), [&](int64_t a, int64_t b) { kernels_.key_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels_.key_pass_backward_merge(g, partials, a, b); });
 }
 
