@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from . import _on_import
 from ._version import __version__
 
 # Where CMake finds the package `nystrom_ext` for C++ programs; torch.utils.cmake_prefix_path is needed beside it.
@@ -43,6 +44,8 @@ def _minor(version: str) -> list[str]:
 
 
 _load()
+_on_import.register("torch.utils.flop_counter", "nystrom_ext._flops")
+_on_import.register("torch.distributed.tensor", "nystrom_ext._dtensor")
 
 
 def build_info() -> dict[str, object]:
