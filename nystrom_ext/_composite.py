@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._autocast import cast_inputs
 from ._columns import Columns
-from ._problem import Problem, masked, zero
+from ._problem import Problem, masked, softmax, zero
 
 
 class Passes(NamedTuple):
@@ -30,10 +30,10 @@ class Passes(NamedTuple):
 def passes(problem: Problem, query: Tensor, key: Tensor) -> Passes:
     q, k = problem.prepare(query, problem.queries.ignored), problem.prepare(key, problem.keys.ignored)
     qt, kt = problem.means(q, problem.queries), problem.means(k, problem.keys)
-    scores = masked(problem.scale * qt @ k.mT, problem.free)
-    p3 = problem.drop_keys(scores.softmax(-1).masked_fill(~problem.free, 0))
+    scores = problem.scale * qt @ k.mT
+    p3 = problem.drop_keys(softmax(scores, problem.free))
     columns = problem.columns()
-    missed = problem.missed(qt, kt, scores.logsumexp(-1)) if columns else None
+    missed = problem.missed(qt, kt, masked(scores, problem.free).logsumexp(-1)) if columns else None
     p1, *rest = problem.query_pass(q, kt, missed, columns, [c.scores(q, k) for c in columns])
     if not columns:  # else it is self-attention, and no sample has few queries beside many keys
         p1 = torch.where(problem.by_queries, problem.own(), p1)

@@ -101,8 +101,10 @@ class Problem:
         return end > start
 
     @property
-    def free(self) -> Tensor:
-        """(B, 1, 1, S): the keys of the key pass, which leaves pinned tokens out."""
+    def free(self) -> Tensor | None:
+        """(B, 1, 1, S): the keys of the key pass, which leaves pinned tokens out; None where it has all of them."""
+        if self.keys.ignored is None and not self.has_pinned:
+            return None
         return (self.keys.valid & (self.keys.rank >= self.keys.first))[:, None, None]
 
     def missed(self, qt: Tensor, kt: Tensor, lse: Tensor) -> Tensor:
@@ -207,14 +209,15 @@ def zero(x: Tensor, ignored: Tensor | None) -> Tensor:
     return x if ignored is None else x.masked_fill(ignored[:, None, :, None], 0)
 
 
-def masked(scores: Tensor, keep: Tensor) -> Tensor:
+def masked(scores: Tensor, keep: Tensor | None) -> Tensor:
     """-inf where ``keep`` is False, except in rows that keep nothing: those stay finite, and so do their gradients."""
-    return scores.masked_fill(~(keep | ~keep.any(-1, keepdim=True)), -torch.inf)
+    return scores if keep is None else scores.masked_fill(~(keep | ~keep.any(-1, keepdim=True)), -torch.inf)
 
 
-def softmax(scores: Tensor, keep: Tensor) -> Tensor:
+def softmax(scores: Tensor, keep: Tensor | None) -> Tensor:
     """Over the columns to keep, 0 elsewhere, also in rows that keep nothing."""
-    return masked(scores, keep).softmax(-1).masked_fill(~keep, 0)
+    p = masked(scores, keep).softmax(-1)
+    return p if keep is None else p.masked_fill(~keep, 0)
 
 
 def _log(count: Tensor, dtype: torch.dtype) -> Tensor:

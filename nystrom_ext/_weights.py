@@ -103,69 +103,85 @@ def some_rows(problem: Problem, query: Tensor, key: Tensor, rows: Tensor) -> Ten
     after another, which the backward pass computes again."""
     ignored = at(problem.queries.ignored, rows)
     q = problem.prepare(query.index_select(2, rows), ignored)
-    qt, kt = _means(problem, query, problem.queries), _means(problem, key, problem.keys)
-    blocks = _Blocks(problem, key)
-    lse = blocks.logsumexp(qt)
+    queries, keys = _Blocks(problem, query, problem.queries), _Blocks(problem, key, problem.keys)
+    qt, kt = queries.means(), keys.means()
+    z = _recomputed(problem.inverse, qt, kt)
+    lse = keys.logsumexp(qt)
     if problem.has_window or problem.has_pinned:
         columns = [Columns(problem.keys)]
-        scores = [blocks.cat(blocks.scores, q)]
+        scores = [torch.cat(keys.each(keys.scores, q), -1)]
         p1, *exact = problem.query_pass(q, kt, problem.missed(qt, kt, lse), columns, scores, rows)
     else:
         p1, *exact = problem.query_pass(q, kt, rows=rows)
-    left = torch.where(problem.by_queries, problem.own(rows), p1 @ problem.inverse(qt, kt))
-    weights = blocks.cat(blocks.weights, p1, left, qt, lse)
+    left = torch.where(problem.by_queries, problem.own(rows), p1 @ z)
+    weights = torch.cat(keys.each(keys.weights, p1, left, qt, lse), -1)
     for p in exact:
         weights = weights + p
     return zero(weights, ignored).to(query.dtype)
 
 
 class _Blocks:
-    """The keys in blocks, and what is computed of each."""
+    """The tokens of one side in blocks, and what is computed of each: of x in ``span``."""
 
-    def __init__(self, problem: Problem, key: Tensor) -> None:
-        self.problem, self.key = problem, key
-        self.members = problem.keys.members(problem.slots)
-        self.spans = _spans(problem, key.shape[2])
+    def __init__(self, problem: Problem, x: Tensor, tokens: Tokens) -> None:
+        """x (B, H or H_kv, n, d)."""
+        self.problem, self.tokens = problem, tokens
+        self.members = tokens.members(problem.slots)
+        self.spans = _spans(problem, x.shape[2])
+        # split once: the gradient of a slice is as large as x, for each block
+        self.parts = [x] if len(self.spans) == 1 else x.split(self.spans[0].stop, 2)
 
-    def each(self, function: Callable[..., Any], *tensors: Tensor) -> list[Any]:
-        """function(span, *tensors) of each block; without keeping its intermediate results for the backward pass."""
-        if len(self.spans) == 1 or not torch.is_grad_enabled():
-            return [function(span, *tensors) for span in self.spans]
-        return [checkpoint(function, span, *tensors, use_reentrant=False) for span in self.spans]
+    def each(self, function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        """function(span, x, *tensors) of each block."""
+        blocks = zip(self.spans, self.parts, strict=True)
+        if len(self.spans) == 1:
+            return [function(*block, *tensors) for block in blocks]
+        return [_recomputed(function, *block, *tensors) for block in blocks]
 
-    def cat(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        return torch.cat(self.each(function, *tensors), -1)
+    def means(self) -> Tensor:
+        """Of segments, (B, H, m, d)."""
 
-    def scores(self, span: slice, q: Tensor) -> Tensor:
+        def block(span: slice, x: Tensor) -> Tensor:
+            return self.problem.sums(self._prepare(span, x), self.members[..., span])
+
+        return self.problem.divide(torch.stack(self.each(block)).sum(0), self.tokens)
+
+    def scores(self, span: slice, x: Tensor, q: Tensor) -> Tensor:
         """q k^T (B, H, R, keys)."""
-        return q @ self.problem.prepare(self.key[:, :, span], _part(self.problem.keys.ignored, span)).mT
+        return q @ self._prepare(span, x).mT
 
     def logsumexp(self, qt: Tensor) -> Tensor:
         """LSE3 (B, H, m)."""
 
-        def block(span: slice, qt: Tensor) -> Tensor:
-            scores = self.problem.scale * self.scores(span, qt)
-            return masked(scores, self.problem.free[..., span]).logsumexp(-1)
+        def block(span: slice, x: Tensor, qt: Tensor) -> Tensor:
+            return masked(self.scores(span, x, self.problem.scale * qt), self._free(span)).logsumexp(-1)
 
+        masses = torch.stack(self.each(block, qt), -1)
+        if self.problem.free is None:
+            return masses.logsumexp(-1)
         some = torch.stack([self.problem.free[..., span].any(-1) for span in self.spans], -1)
-        return masked(torch.stack(self.each(block, qt), -1), some).logsumexp(-1)
+        return masked(masses, some).logsumexp(-1)
 
-    def weights(self, span: slice, p1: Tensor, left: Tensor, qt: Tensor, lse: Tensor) -> Tensor:
+    def weights(self, span: slice, x: Tensor, p1: Tensor, left: Tensor, qt: Tensor, lse: Tensor) -> Tensor:
         """left P3 (B, H, R, keys), or P1 where every key is its own landmark."""
-        p, free = self.problem, self.problem.free[..., span]
-        p3 = (p.scale * self.scores(span, qt) - lse[..., None]).masked_fill(~free, -torch.inf).exp()
+        p, free = self.problem, self._free(span)
+        p3 = self.scores(span, x, p.scale * qt) - lse[..., None]
+        p3 = (p3 if free is None else p3.masked_fill(~free, -torch.inf)).exp()
         own = p1.flatten(1, 2) @ self.members[..., span].to(p1)
         return torch.where(p.by_keys, own.unflatten(1, p1.shape[1:3]), left @ p.drop_keys(p3, span))
 
+    def _prepare(self, span: slice, x: Tensor) -> Tensor:
+        ignored = self.tokens.ignored
+        return self.problem.prepare(x, None if ignored is None else ignored[:, span])
 
-def _means(problem: Problem, x: Tensor, tokens: Tokens) -> Tensor:
-    """Of segments, (B, H, m, d), without a copy of x (B, H or H_kv, n, d)."""
-    members = tokens.members(problem.slots)
-    parts = [
-        problem.sums(problem.prepare(x[:, :, span], _part(tokens.ignored, span)), members[..., span])
-        for span in _spans(problem, x.shape[2])
-    ]
-    return problem.divide(torch.stack(parts).sum(0), tokens)
+    def _free(self, span: slice) -> Tensor | None:
+        free = self.problem.free
+        return None if free is None else free[..., span]
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), whose intermediate results the backward pass computes again instead of keeping them."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
 def _spans(problem: Problem, n: int) -> list[slice]:
@@ -174,7 +190,3 @@ def _spans(problem: Problem, n: int) -> list[slice]:
         return [slice(None)]
     size = max(BLOCK // max(problem.slots * problem.samples * problem.heads, 1), 1)
     return [slice(first, first + size) for first in range(0, max(n, 1), size)]
-
-
-def _part(ignored: Tensor | None, span: slice) -> Tensor | None:
-    return None if ignored is None else ignored[:, span]
