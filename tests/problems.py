@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nystrom_ext import nystrom_attention, reference
+from nystrom_ext import nystrom_attention, nystrom_attention_varlen, reference
 
 # Relative RMS error against the float64 reference on the same (already rounded) inputs: O, dQ, dK, dV.
 TOLERANCES = {
@@ -25,7 +25,8 @@ IGNORED = {"holes": 0.3, "sparse": 0.9, "everything": 1.1}  # which part of the 
 
 @dataclass
 class Problem:
-    """One call of the operator. masks: none, tail, holes, sparse, all (one sample without any key), everything."""
+    """One call of the operator. masks: none, tail, holes, sparse, all (one sample without any key), everything. packed:
+    through nystrom_attention_varlen, without the tokens that are ignored."""
 
     B: int = 2
     H: int = 2
@@ -39,6 +40,11 @@ class Problem:
     kv_heads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    packed: bool = False
+
+    @property
+    def attention(self) -> Callable[..., Tensor]:
+        return packed_attention if self.packed else nystrom_attention
 
     @property
     def keys(self) -> int:
@@ -63,6 +69,23 @@ class Problem:
             return None, None
         masks = tuple(padding_mask(self.mask, self.B, n) for n in (self.keys, self.L))
         return masks if self.keys != self.L else (masks[0], masks[0])
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, *, query_padding_mask: Tensor | None, **options: Any
+) -> Tensor:
+    """nystrom_attention of a padded batch by way of packed sequences; ignored queries get zeros."""
+    (B, H, L, _), S = query.shape, key.shape[2]
+    masks = ((query_padding_mask, L), (keys, S))
+    valid_q, valid_k = (query.new_ones(B, n, dtype=torch.bool) if mask is None else ~mask for mask, n in masks)
+    tokens = (x.transpose(1, 2)[valid] for x, valid in ((query, valid_q), (key, valid_k), (value, valid_k)))
+    lengths_q, lengths_k = (valid.sum(1) for valid in (valid_q, valid_k))
+    cu_q, cu_k = (torch.nn.functional.pad(lengths.cumsum(0), (1, 0)) for lengths in (lengths_q, lengths_k))
+    longest = (L, S) if query.is_cuda else (None, None)
+    out = nystrom_attention_varlen(*tokens, cu_q, cu_k if S != L else cu_k.int(), *longest, **options)
+    places = valid_q.flatten().nonzero()[:, 0]
+    padded = out.new_zeros(B * L, H, value.shape[3]).index_copy(0, places, out)
+    return padded.unflatten(0, (B, L)).transpose(1, 2)
 
 
 def padding_mask(kind: str, B: int, n: int, seed: int = 1) -> Tensor:
@@ -136,7 +159,7 @@ def run_seeded(p: Problem, x: list[Tensor], grad: Tensor) -> tuple[list[Tensor],
         torch.manual_seed(7)
         more["rng_state"] = torch.randint(2**63 - 1, (2,), device=x[0].device).cpu()  # as the op draws its seed
         torch.manual_seed(7)
-    return run(nystrom_attention, p, x, grad), more
+    return run(p.attention, p, x, grad), more
 
 
 def names(x: list[Tensor]) -> list[str]:

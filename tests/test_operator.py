@@ -73,6 +73,22 @@ PROBLEMS = {
     "window, scale 0": Problem(L=50, m=8, options={"window": 3, "scale": 0.0}),
     "window, no iterations": Problem(L=50, m=8, options={"window": 3, "pinned": 1, "pinv_iterations": 0}),
     "window, m = 1": Problem(L=50, m=1, d=3, options={"window": 3, "pinned": 1}),
+    "packed": Problem(B=5, L=150, m=37, d=20, e=7, mask="tail", packed=True),
+    "packed, chunks": Problem(B=3, H=1, L=2500, m=16, mask="tail", packed=True, options={"window": 40, "pinned": 1}),
+    "packed, cross": Problem(B=4, L=130, S=75, m=16, mask="tail", packed=True),
+    "packed, a sample without keys": Problem(B=3, H=4, kv_heads=2, L=60, m=8, taps=3, mask="all", packed=True),
+    "packed, everything": Problem(
+        B=4,
+        H=4,
+        kv_heads=2,
+        L=130,
+        m=16,
+        d=32,
+        taps=9,
+        mask="tail",
+        packed=True,
+        options={"window": 6, "pinned": 2, "coefficient": "global"},
+    ),
     "window, d above the packed depth": Problem(B=1, H=1, L=70, m=8, d=300, e=280, options={"window": 20}),
 }
 

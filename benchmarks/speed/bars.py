@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import stages
-from .cases import Case
+from .cases import ONE_LONG, PASSES, Case
 
 COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
 EXACT = {("forward", 512): 2.0, ("forward", 4096): 22.0, ("forward+backward", 4096): 20.0}
@@ -55,6 +55,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         *_memory(results),
         bar("n = 1,000,000 runs forward+backward", _million(cells), True),
         *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in ("H=1", "H=8")),
+        *_packed(cells, results["memory"]),
         bar("thread count and batch mates change no bit", same, True),
         bar("half padding / none, forward", _padding(cells), 0.6, at_most=True),
     ]
@@ -115,6 +116,20 @@ def _memory(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
             limit = Case(**record["case"]).workspace() + GRAIN
             name = f"MiB beyond inputs and results, {record['pass']}, n = {record['column']}"
             yield bar(name, record["bytes"] / 2**20, limit / 2**20, at_most=True)
+
+
+def _packed(cells: Cells, memory: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    column = "32 of 32 to 2048"
+    for pass_name in PASSES:
+        ratio = cells.ratio("packed", pass_name, "packed", "padded, with a mask", column)
+        yield bar(f"packed / padded with a mask, {pass_name}", ratio, 1.03, at_most=True)
+    for record in memory:
+        if record["row"] == "packed" and "bytes" in record:
+            limit = Case(**record["case"]).landmark_buffers(PASSES[record["pass"]]) + 4 * GRAIN
+            name = f"MiB beyond inputs and results, packed, {record['pass']}"
+            yield bar(name, record["bytes"] / 2**20, limit / 2**20, at_most=True)
+    ratio = cells.ratio("threads", "forward", "1 thread", "2 threads", ONE_LONG)
+    yield bar(f"1 thread / 2 threads, packed, {ONE_LONG}", ratio, 1.7)
 
 
 def _million(cells: Cells) -> bool | None:

@@ -10,8 +10,9 @@ import torch
 
 from . import peers
 
+ONE_LONG = "65,536 + 31 x 64"  # a sequence among short ones
 PASSES = {"forward": False, "forward+backward": True}
-TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "threads", "million")
+TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "packed", "threads", "million")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Case:
         """Bytes read and written when every sweep over the tokens goes to memory: 7 tensors forward, 10 backward."""
         size = getattr(torch, self.dtype).itemsize
         return (17 if backward else 7) * self.batch * self.heads * self.n * self.d * size
+
+    def landmark_buffers(self, backward: bool) -> int:
+        """Bytes of Qt, Kt, U, W; with ``backward`` their gradients too."""
+        size = 8 if self.dtype == "float64" else 4
+        return (2 if backward else 1) * size * self.batch * self.heads * self.m * 4 * self.d
 
     def workspace(self) -> int:
         """Documented bound of the memory beyond inputs, results and gradients."""
@@ -88,7 +94,11 @@ def tables(args: argparse.Namespace) -> dict[str, list[list[Entry]]]:
             "heads", some, {f"{b}x{h}": replace(base, batch=b, heads=h) for b, h in ((1, 1), (1, 8), (8, 8))}
         ),
         "mask": [[replace(half, row="nystrom_ext", contestant="nystrom_ext"), half]],
-        "threads": [_threads(replace(base, heads=h)) for h in (1, 8)],
+        "packed": [packed(base)],
+        "threads": [
+            *(_threads(replace(base, heads=h), f"H={h}") for h in (1, 8)),
+            _threads(replace(base, batch=1, heads=8, n=65536 + 31 * 64), ONE_LONG, "nystrom_ext, one long"),
+        ],
         "million": rows("million", ["nystrom_ext"], {"1,000,000": replace(base, batch=1, heads=1, n=1_000_000)}),
     }
     return {name: made[name] for name in args.tables}
@@ -102,13 +112,17 @@ def _dtypes(base: Case, names: list[str]) -> list[list[Entry]]:
     ]
 
 
-def _threads(case: Case) -> list[Entry]:
+def packed(base: Case) -> list[Entry]:
+    """32 sequences of 32 to 2048 tokens, packed and as a padded batch."""
+    case = replace(base, batch=32, n=2048)
+    names = {"packed": "nystrom_ext, packed", "padded, with a mask": "nystrom_ext, ragged"}
+    return [Entry("packed", row, "32 of 32 to 2048", name, case) for row, name in names.items()]
+
+
+def _threads(case: Case, column: str, name: str = "nystrom_ext") -> list[Entry]:
     cores = os.cpu_count() or 1
     counts = sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
-    return [
-        Entry("threads", f"{t} threads" if t > 1 else "1 thread", f"H={case.heads}", "nystrom_ext", case, t)
-        for t in counts
-    ]
+    return [Entry("threads", f"{t} threads" if t > 1 else "1 thread", column, name, case, t) for t in counts]
 
 
 def left_out(entry: Entry, args: argparse.Namespace) -> str | None:

@@ -76,6 +76,11 @@ def _reference(name: str, case: Case, coefficient: str, inputs: list[Tensor]) ->
     kind, mask = peers.KINDS[name], None
     if kind == "padded":
         mask = (torch.arange(case.n) >= case.n // 2).expand(case.batch, -1)
+    if kind == "ragged":
+        mask = peers.ignored(case).cpu()
+    if kind == "one long":
+        pieces = zip(*(x[:1].split(peers.one_long(case), 2) for x in inputs), strict=True)
+        return torch.cat([reference.nystrom_attention(*piece, num_landmarks=case.m) for piece in pieces], 2)
     landmarks = case.n if kind == "exact" else case.m  # as many landmarks as tokens is exact attention
     options = peers.WINDOW if kind == "windowed" else {}
     return reference.nystrom_attention(

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.finetune import memory as process
 
-from .cases import PASSES, Case, Entry, left_out
+from . import peers
+from .cases import PASSES, Case, Entry, left_out, packed
 from .gate import Gate
 from .measure import Runner
 
@@ -23,13 +24,14 @@ def entries(args: argparse.Namespace) -> list[tuple[Entry, str]]:
     base = Case(args.batch, args.heads, 0, args.head_dim, args.num_landmarks, args.dtype, args.device)
     names = [name for name in args.contestants if name != "two SDPA compiled"]
     lengths = sorted(args.lengths)[::-2][::-1]
+    packed_entries = [replace(packed(base)[0], table="memory")] if "packed" in args.tables else []
     return [
         (Entry("memory", name, str(n), name, replace(base, n=n)), pass_name)
         for n in lengths
         for name in names
         for pass_name in PASSES
         if PASSES[pass_name] or name == "nystrom_ext"  # forward has a bar of ours alone
-    ]
+    ] + [(entry, pass_name) for entry in packed_entries for pass_name in PASSES]
 
 
 def record(entry: Entry, name: str, gate: Gate, args: argparse.Namespace) -> dict[str, Any]:
@@ -64,5 +66,6 @@ def _return_freed_memory() -> None:
 def results_size(entry: Entry, backward: bool) -> int:
     """Bytes of the result and the gradients."""
     case = entry.case
-    one = case.batch * case.heads * case.n * case.d * getattr(torch, case.dtype).itemsize
+    tokens = sum(peers.lengths(case)) if entry.contestant == "nystrom_ext, packed" else case.batch * case.n
+    one = tokens * case.heads * case.d * getattr(torch, case.dtype).itemsize
     return one * (1 + (2 if entry.contestant == "Reformer" else 3) * backward)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nystrom_ext import nystrom_attention
+from nystrom_ext import nystrom_attention, nystrom_attention_varlen
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -65,6 +65,55 @@ def ours_padded(case: Case) -> Contestant:
     return Contestant(
         lambda q, k, v: nystrom_attention(q, k, v, ignore, query_padding_mask=ignore, num_landmarks=case.m)
     )
+
+
+def lengths(case: Case) -> list[int]:
+    """Of a batch whose samples are shorter than n, but for the first: 32 to n tokens, which fill about 35 % of it."""
+    drawn = torch.rand(case.batch - 1, generator=torch.Generator().manual_seed(0)).square()
+    return [case.n, *(32 + (drawn * (case.n - 32)).long()).tolist()]
+
+
+def ignored(case: Case) -> Tensor:
+    """(B, n) bool: the places that `lengths` leaves."""
+    return torch.arange(case.n, device=case.device) >= torch.tensor(lengths(case), device=case.device)[:, None]
+
+
+def ours_ragged(case: Case) -> Contestant:
+    """A padded batch with a mask, the heads of a token side by side, as modules have it."""
+    mask = ignored(case)
+    return Contestant(
+        lambda q, k, v: nystrom_attention(q, k, v, mask, query_padding_mask=mask, num_landmarks=case.m),
+        lambda *x: tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in x),
+    )
+
+
+def ours_packed(case: Case) -> Contestant:
+    """The tokens of the same batch without the padding."""
+    tokens = ~ignored(case)
+    return Contestant(
+        _packed(lengths(case), case),
+        lambda *x: tuple(t.transpose(1, 2)[tokens] for t in x),
+        lambda out: out.transpose(1, 2)[tokens],
+    )
+
+
+def one_long(case: Case) -> list[int]:
+    """Lengths of 31 short sequences behind a long one, together n."""
+    short = min(64, case.n // 64)
+    return [case.n - 31 * short, *[short] * 31]
+
+
+def ours_one_long(case: Case) -> Contestant:
+    return Contestant(
+        _packed(one_long(case), case),
+        lambda *x: tuple(t[0].transpose(0, 1).contiguous() for t in x),
+        lambda out: out[0].transpose(0, 1),
+    )
+
+
+def _packed(of: list[int], case: Case) -> Callable[..., Tensor]:
+    cu, longest = torch.tensor([0, *of], device=case.device).cumsum(0), max(of)
+    return lambda q, k, v: nystrom_attention_varlen(q, k, v, cu, cu, longest, longest, num_landmarks=case.m)
 
 
 def eager(case: Case) -> Contestant:
@@ -218,9 +267,12 @@ BUILDERS: dict[str, tuple[str, Callable[[Case], Contestant]]] = {
     "Performer": ("rival", performer),
     "Reformer": ("rival", reformer),
     "nystrom_ext, padded": ("padded", ours_padded),
+    "nystrom_ext, ragged": ("ragged", ours_ragged),
+    "nystrom_ext, packed": ("ragged", ours_packed),
+    "nystrom_ext, one long": ("one long", ours_one_long),
 }
 KINDS = {name: kind for name, (kind, _) in BUILDERS.items()}
-NAMES = tuple(name for name, kind in KINDS.items() if kind != "padded")
+NAMES = tuple(name for name, kind in KINDS.items() if kind not in ("padded", "ragged", "one long"))
 PACKAGES = {
     "lucidrains": "nystrom-attention",
     "Hugging Face": "transformers",

@@ -29,9 +29,9 @@ struct Convolution {
 
 template <class T>
 __device__ Convolution<T> value_convolution(const Forward& f, const Head& s) {
-  return {rows<const T>(f.value, s.b, s.kv, f.value_dim, nullptr),
+  return {key_rows<const T>(f.value, s, f.value_dim).by_position(),
           f.keys.ignored ? f.keys.ignored + s.b * f.keys.length : nullptr,
-          int(f.keys.length),
+          s.keys.positions,
           static_cast<const T*>(f.conv_weight.data) + s.h * f.conv_weight.head,
           f.conv_weight.token,
           int(f.taps),
@@ -42,9 +42,9 @@ __device__ Convolution<T> value_convolution(const Forward& f, const Head& s) {
 // Of dO, for query head h.
 template <class T>
 __device__ Convolution<T> gradient_convolution(const Backward& g, const Head& s, int h) {
-  return {rows<const T>(g.out, s.b, h, g.value_dim, nullptr),
+  return {rows<const T>(g.out, s.b, h, g.value_dim, s.queries).by_position(),
           g.queries.ignored ? g.queries.ignored + s.b * g.queries.length : nullptr,
-          int(g.queries.length),
+          s.queries.positions,
           static_cast<const T*>(g.conv_weight.data) + h * g.conv_weight.head,
           g.conv_weight.token,
           int(g.taps),

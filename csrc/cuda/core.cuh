@@ -202,21 +202,21 @@ __global__ void coefficients(const __grid_constant__ KeyPassParameters f) {
 // U and LSE3 from the chunks of the key pass, in order.
 template <class A>
 __device__ void merge_keys(const Forward& f, const Head& s, const KeyPartials<A>& partials) {
-  const int64_t rows = f.queries.landmarks, width = f.value_width(), n_chunks = chunks(f.keys);
+  const int64_t rows = f.queries.landmarks, width = f.value_width(), next = f.heads * rows;
   const int64_t begin = s.pinned / kChunk, used = divide_up(s.keys.count, kChunk);
   warp_rows(s.queries.rows, [&](int i, int lane) {
-    const int64_t base = int64_t(s.n) * n_chunks * rows + i;
-    A top = partials.max[base + begin * rows], sum = 0;
+    const int64_t base = first_part(f, s, chunks(f, f.keys)) * rows + i;
+    A top = partials.max[base + begin * next], sum = 0;
     for (int64_t c = begin + 1; c < used; ++c) {
-      const A x = partials.max[base + c * rows];
+      const A x = partials.max[base + c * next];
       top = x > top ? x : top;
     }
     for (int64_t c = begin; c < used; ++c)
-      sum += partials.sum[base + c * rows] * exp2(partials.max[base + c * rows] - top);
+      sum += partials.sum[base + c * next] * exp2(partials.max[base + c * next] - top);
     for (int64_t j = lane; j < width; j += 32) {
       A u = 0;
       for (int64_t c = begin; c < used; ++c) {
-        u += partials.u[(base + c * rows) * width + j] * exp2(partials.max[base + c * rows] - top);
+        u += partials.u[(base + c * next) * width + j] * exp2(partials.max[base + c * next] - top);
       }
       slice<A>(f.u, s.n, rows, width)[i * width + j] = u / sum;
     }

@@ -9,26 +9,26 @@ namespace nystrom_ext::cuda {
 struct CoreBackwardParameters : Backward {
   CoreMemory core;
   void *dw_part, *dkt_part;  // of the query pass
-  void* dmissed_rows;        // (N, L): what each query adds to dmissed of its segment; null unless extended
+  void* dmissed_rows;        // a number a query: what each query adds to dmissed of its segment; null unless extended
   void* dc;                  // (N): gradients of the coefficient, for the option "global" only
 };
 
-// to (rows, width) = the sum of its chunks, in order.
+// to (rows, width) of a head = the sum of its chunks of queries, in order.
 template <class A>
-__device__ void merge_chunks(A* to, const void* parts, int64_t n, int64_t n_chunks, int64_t used, int64_t rows,
-                             int64_t width, int64_t valid) {
-  const A* from = static_cast<const A*>(parts) + n * n_chunks * rows * width;
-  for (int64_t i = threadIdx.x; i < valid * width; i += blockDim.x) {
+__device__ void merge_chunks(A* to, const void* parts, const Backward& g, const Head& s, int64_t width) {
+  const int64_t rows = g.columns(), used = divide_up(s.queries.count, kChunk), next = g.heads * rows * width;
+  const A* from = static_cast<const A*>(parts) + first_part(g, s, chunks(g, g.queries)) * rows * width;
+  for (int64_t i = threadIdx.x; i < s.columns() * width; i += blockDim.x) {
     A sum = 0;
-    for (int64_t c = 0; c < used; ++c) sum += from[c * rows * width + i];
-    to[n * rows * width + i] = sum;
+    for (int64_t c = 0; c < used; ++c) sum += from[c * next + i];
+    to[s.n * rows * width + i] = sum;
   }
 }
 
 // dmissed_sigma = the sum over the queries of segment sigma, in order.
 template <class A>
 __device__ void merge_missed(const CoreBackwardParameters& g, const Head& s) {
-  const A* from = slice<A>(g.dmissed_rows, s.n, g.queries.length);
+  const A* from = query_slice<A>(g.dmissed_rows, g, s);
   warp_rows(s.queries.rows, [&](int j, int lane) {
     A sum = 0;
     for (int i = s.queries.begin(j) + lane; i < s.queries.begin(j + 1); i += 32) sum += from[i];
@@ -172,11 +172,9 @@ template <class T>
 __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) {
   using A = AccOf<T>;
   const Head s(g, blockIdx.x);
-  const int64_t n_chunks = chunks(g.queries), used = divide_up(s.queries.count, kChunk);
   if (s.has_query_pass()) {
-    const int64_t rows = g.columns();
-    merge_chunks(static_cast<A*>(g.dw), g.dw_part, s.n, n_chunks, used, rows, g.value_width(), s.columns());
-    merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, s.n, n_chunks, used, rows, g.head_width(), s.columns());
+    merge_chunks(static_cast<A*>(g.dw), g.dw_part, g, s, g.value_width());
+    merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, g, s, g.head_width());
     if (s.extended) merge_missed<A>(g, s);
     __syncthreads();
   }

@@ -9,7 +9,7 @@
 
 namespace nystrom_ext::cuda {
 
-// Partial sums over (problem, chunk of keys), rows as in U.
+// Partial sums over (chunk of keys, head), rows as in U.
 template <class A>
 struct KeyPartials {
   A *u, *max, *sum;
@@ -53,10 +53,11 @@ struct KeyPass {
   }
 
   static __device__ void run(const Forward& f, const KeyPartials<A>& partials, int64_t block, int out0) {
-    const int n_chunks = int(chunks(f.keys)), rows = int(f.queries.landmarks), width = int(f.value_width());
+    const int rows = int(f.queries.landmarks), width = int(f.value_width());
     const int row_tiles = int(divide_up(rows, E::kRows));
-    const Head s(f, block / row_tiles / n_chunks);
-    const int chunk = int(block / row_tiles % n_chunks);
+    const ChunkTask task(block / row_tiles, f.heads, chunks(f, f.keys));
+    const Head s(f, task.problem(f.heads));
+    const int chunk = task.chunk;
     const int row0 = int(block % row_tiles) * E::kRows;
     const Keys keys{{key_rows<const T>(f.key, s, f.head_dim), key_rows<const T>(f.value, s, f.value_dim)},
                     max(chunk * kChunk, s.pinned),  // pinned keys are no part of P3
@@ -83,7 +84,7 @@ struct KeyPass {
       Keys::done();
     }
 
-    const int64_t slot = (int64_t(s.n) * n_chunks + chunk) * rows;
+    const int64_t slot = (task.slot * f.heads + s.h) * rows;
     for_each(u, E::kRowsPerThread, [&](int i, int j, A& x) {
       const int row = row0 + E::row(i), column = out0 + E::column(j);
       if (row < s.queries.rows && column < width) partials.u[(slot + row) * width + column] = x;

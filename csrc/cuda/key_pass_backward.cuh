@@ -12,8 +12,8 @@ namespace nystrom_ext::cuda {
 struct KeyPassBackwardParameters : Backward {
   int column_slots;
   int64_t key_blocks;  // blocks 0 .. key_blocks - 1 sweep by keys, the others by landmarks
-  void* dqt_part;      // (N, chunks of keys, queries.landmarks, head_width)
-  void* dconv_part;    // (N, row chunks of keys, output tiles, taps)
+  void* dqt_part;      // (chunks of keys, H, queries.landmarks, head_width)
+  void* dconv_part;    // (row chunks of keys, H, output tiles, taps)
 };
 
 template <class E>
@@ -60,8 +60,7 @@ struct KeySweep {
   __device__ void add_window(const Head& s, int first, char* memory, typename E::Output& dk,
                              typename E::Output& dv) const {
     const Dropout dropout{g, s.n};
-    const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
-    const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
+    const A *lse = query_slice<A>(g.lse1, g, s), *delta = query_slice<A>(g.delta1, g, s);
     const A scale = A(g.scale * kLog2e);
     const auto queries =
         around<E>(query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim), s, first,
@@ -115,10 +114,10 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
   using T = typename E::T;
   using A = typename E::Acc;
   using Sweep = KeySweep<E>;
-  const int n_chunks = int(row_chunks(g.keys)), chunk = int(blockIdx.x) % n_chunks, part = int(blockIdx.x) / n_chunks;
-  const int group = int(g.group()), kv_heads = int(g.kv_heads);
-  const Head shared(g, part / kv_heads * g.heads + part % kv_heads * group);
-  const int begin = chunk * kRowChunk, end = min(begin + kRowChunk, shared.keys.count);
+  const int group = int(g.group());
+  const ChunkTask task(blockIdx.x, g.kv_heads, row_chunks(g, g.keys));
+  const Head shared(g, task.problem(g.kv_heads) * group);
+  const int begin = task.chunk * kRowChunk, end = min(begin + kRowChunk, shared.keys.count);
   if (begin >= end) return;
 
   char* scratch = dynamic_shared_memory();
@@ -171,7 +170,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
     const int h = i / int(g.taps), t = i % int(g.taps);
     A sum = 0;
     for (int r = 0; r < tap_rows(E{}); ++r) sum += taps[h * own_taps + r * g.taps + t];
-    const int64_t slot = (int64_t(shared.n + h) * n_chunks + chunk) * gridDim.y + blockIdx.y;
+    const int64_t slot = (task.slot * g.heads + shared.h + h) * gridDim.y + blockIdx.y;
     static_cast<A*>(g.dconv_part)[slot * g.taps + t] = sum;
   }
 }
@@ -185,11 +184,12 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
   using T = typename E::T;
   using A = typename E::Acc;
   using Pass = KeyPass<E>;
-  const int n_chunks = int(chunks(g.keys)), rows = int(g.queries.landmarks);
+  const int rows = int(g.queries.landmarks);
   const int d = int(g.head_width()), e = int(g.value_width());
   const int row_tiles = int(divide_up(rows, E::kRows)), out0 = int(blockIdx.y) * E::kOut;
-  const Head s(g, block / row_tiles / n_chunks);
-  const int chunk = int(block / row_tiles % n_chunks);
+  const ChunkTask task(block / row_tiles, g.heads, chunks(g, g.keys));
+  const Head s(g, task.problem(g.heads));
+  const int chunk = task.chunk;
   const int row0 = int(block % row_tiles) * E::kRows;
   char *scratch = dynamic_shared_memory(), *tiles = scratch + E::scratch(false);
   const typename Pass::Keys keys{{key_rows<const T>(g.key, s, g.head_dim), key_rows<const T>(g.value, s, g.value_dim)},
@@ -230,7 +230,7 @@ __device__ void key_pass_backward_by_landmarks(const KeyPassBackwardParameters& 
 
   // What rounding adds to the sum of a row is taken from the landmark of the same number (mathematics.md, section 4).
   const A* kt = slice<A>(g.kt, s.n, g.columns(), d);
-  A* to = static_cast<A*>(g.dqt_part) + (int64_t(s.n) * n_chunks + chunk) * rows * d;
+  A* to = static_cast<A*>(g.dqt_part) + (task.slot * g.heads + s.h) * rows * d;
 #pragma unroll
   for (int i = 0; i < E::kRowsPerThread; ++i) {
     const int row = row0 + E::row(i);

@@ -120,32 +120,32 @@ __global__ void __launch_bounds__(kMeanThreads) landmarks(const __grid_constant_
   const bool queries = blockIdx.y == 0;
   if (j >= (queries ? s.queries.rows : s.columns())) return;
   const Operand x = queries ? f.query : f.key;
-  const int64_t* index = queries ? s.queries.index : s.keys.index;
   const int begin = queries ? s.queries.begin(j) : s.key_begin(j);
   const int end = queries ? s.queries.begin(j + 1) : s.key_end(j);
   const int64_t width = f.head_width(), rows_of_side = queries ? f.queries.landmarks : f.columns();
-  segment_mean<T, N>(rows<const T>(x, s.b, queries ? s.h : s.kv, f.head_dim, index), begin, end,
+  segment_mean<T, N>(rows<const T>(x, s.b, queries ? s.h : s.kv, f.head_dim, queries ? s.queries : s.keys), begin, end,
                      slice<A>(queries ? f.qt : f.kt, s.n, rows_of_side, width) + j * width);
 }
 
 struct LandmarksBackwardParameters : Backward {
-  const void* dqt_part;    // (N, chunks of keys, queries.landmarks, head_width)
-  const void* dconv_part;  // (N, row chunks of keys, output tiles, taps)
+  const void* dqt_part;    // (chunks of keys, H, queries.landmarks, head_width)
+  const void* dconv_part;  // (row chunks of keys, H, output tiles, taps)
   int64_t output_tiles;
 };
 
 // dw of one head: its parts over samples and chunks. A warp takes a tap, and a lane every 32nd part of a sample.
 template <class A>
 __device__ void merge_taps(const LandmarksBackwardParameters& g, int64_t h) {
-  const int64_t n_chunks = row_chunks(g.keys);
+  const Slots slots = row_chunks(g, g.keys);
+  const int64_t tiles = g.output_tiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t t = warp; t < g.taps; t += kMeanThreads / 32) {
     A sum = 0;
     for (int64_t b = 0; b < g.batch; ++b) {
       const Head s(g, b * g.heads + h);
-      const A* from = static_cast<const A*>(g.dconv_part) + s.n * n_chunks * g.output_tiles * g.taps;
-      const int64_t used = divide_up(s.keys.count, kRowChunk) * g.output_tiles;
-      for (int64_t c = lane; c < used; c += 32) sum += from[c * g.taps + t];
+      const A* from = static_cast<const A*>(g.dconv_part) + first_part(g, s, slots) * tiles * g.taps;
+      const int64_t used = divide_up(s.keys.count, kRowChunk) * tiles;
+      for (int64_t c = lane; c < used; c += 32) sum += from[(c / tiles * g.heads * tiles + c % tiles) * g.taps + t];
     }
     sum = warp_sum(sum);
     if (lane == 0) static_cast<A*>(g.dconv)[h * g.taps + t] = sum;
@@ -167,11 +167,11 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (j >= s.queries.rows || !s.has_key_pass()) return;
 
   A* share = reinterpret_cast<A*>(dynamic_shared_memory());  // (width)
-  const int n_chunks = int(chunks(g.keys)), used = int(divide_up(s.keys.count, kChunk));
-  const A* part = static_cast<const A*>(g.dqt_part) + (int64_t(s.n) * n_chunks * segments + j) * width;
+  const int64_t used = divide_up(s.keys.count, kChunk), next = g.heads * segments * width;
+  const A* part = static_cast<const A*>(g.dqt_part) + (first_part(g, s, chunks(g, g.keys)) * segments + j) * width;
   for (int c = threadIdx.x; c < width; c += kMeanThreads) {
     A sum = slice<A>(g.dqt, s.n, segments, width)[j * width + c];
-    for (int k = s.pinned / kChunk; k < used; ++k) sum += part[int64_t(k) * segments * width + c];
+    for (int64_t k = s.pinned / kChunk; k < used; ++k) sum += part[k * next + c];
     share[c] = sum / A(s.queries.size(j));
   }
   __syncthreads();

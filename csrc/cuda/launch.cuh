@@ -45,8 +45,8 @@ class Launcher {
   static void backward(Backward g, const Device& device) {
     const Launcher launcher(device);
     launcher.plan(g);
-    g.lse1 = launcher.allocate<A>(g.problems() * g.queries.length);
-    g.delta1 = launcher.allocate<A>(g.problems() * g.queries.length);
+    g.lse1 = launcher.allocate<A>(g.heads * g.queries.all(g.batch));
+    g.delta1 = launcher.allocate<A>(g.heads * g.queries.all(g.batch));
     launcher.query_pass_backward(g);
     launcher.key_pass_backward(g);
   }
@@ -122,8 +122,8 @@ class Launcher {
   }
 
   void key_pass(const Forward& f) const {
-    const int64_t partials = f.problems() * chunks(f.keys) * f.queries.landmarks;
-    const int64_t blocks = f.problems() * (1 + chunks(f.keys) * row_tiles(f.queries.landmarks));
+    const int64_t parts = f.heads * chunks(f, f.keys).all(), partials = parts * f.queries.landmarks;
+    const int64_t blocks = f.problems() + parts * row_tiles(f.queries.landmarks);
     KeyPassParameters p{f, core_memory(f, 1, 5, kCoreMemory), allocate<A>(partials * f.value_width()),
                         allocate<A>(partials), allocate<A>(partials)};
     coefficients(f, p.core);
@@ -136,21 +136,21 @@ class Launcher {
   void query_pass(const Forward& f) const {
     const int own = QueryPass<Q>::shared(f) + WindowMemory<Q>::bytes(f);
     const int slots = column_slots<Q>(f.columns(), own);
-    run(device_, cuda::query_pass<Q>, f.problems() * row_chunks(f.queries), output_tiles(f.value_dim), E::kThreads,
+    run(device_, cuda::query_pass<Q>, f.heads * row_chunks(f, f.queries).all(), output_tiles(f.value_dim), E::kThreads,
         own + column_bytes<Q>(slots), QueryPassParameters{f, slots});
   }
 
   void query_pass_backward(const Backward& g) const {
     const int own = QueryPassBackward<Q>::kShared + WindowMemory<Q>::bytes(g);
     const int slots = column_slots<Q>(g.columns(), own);
-    const int64_t partials = g.problems() * chunks(g.queries) * g.columns();
+    const int64_t parts = g.heads * chunks(g, g.queries).all(), partials = parts * g.columns();
     const QueryPassBackwardParameters p{g, slots, allocate<A>(partials * g.value_width()),
                                         allocate<A>(partials * g.head_width()),
-                                        allocate<A>(g.extended() ? g.problems() * g.queries.length : 0)};
-    run(device_, query_pass_backward_by_queries<Q>, g.problems() * row_chunks(g.queries), output_tiles(g.head_dim),
+                                        allocate<A>(g.extended() ? g.heads * g.queries.all(g.batch) : 0)};
+    run(device_, query_pass_backward_by_queries<Q>, g.heads * row_chunks(g, g.queries).all(), output_tiles(g.head_dim),
         E::kThreads, own + column_bytes<Q>(slots), p);
-    run(device_, query_pass_backward_by_landmarks<N>, g.problems() * chunks(g.queries) * row_tiles(g.columns()),
-        output_tiles(g), E::kThreads, landmark_sweep_shared(g), p);
+    run(device_, query_pass_backward_by_landmarks<N>, parts * row_tiles(g.columns()), output_tiles(g), E::kThreads,
+        landmark_sweep_shared(g), p);
     core_backward(p);
   }
 
@@ -173,13 +173,12 @@ class Launcher {
   void key_pass_backward(const Backward& g) const {
     const int own = key_sweep_shared(g);
     const int slots = column_slots<K>(g.queries.landmarks, own);
-    const int64_t key_blocks = g.batch * g.kv_heads * row_chunks(g.keys), tiles = output_tiles(g);
-    const KeyPassBackwardParameters p{g, slots, key_blocks,
-                                      allocate<A>(g.problems() * chunks(g.keys) * g.queries.landmarks * g.head_width()),
-                                      allocate<A>(g.problems() * row_chunks(g.keys) * tiles * g.taps)};
+    const int64_t parts = g.heads * chunks(g, g.keys).all(), key_parts = row_chunks(g, g.keys).all();
+    const int64_t key_blocks = g.kv_heads * key_parts, tiles = output_tiles(g);
+    const KeyPassBackwardParameters p{g, slots, key_blocks, allocate<A>(parts * g.queries.landmarks * g.head_width()),
+                                      allocate<A>(g.heads * key_parts * tiles * g.taps)};
     const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
-    run(device_, cuda::key_pass_backward<K, N>,
-        key_blocks + g.problems() * chunks(g.keys) * row_tiles(g.queries.landmarks), tiles, E::kThreads,
+    run(device_, cuda::key_pass_backward<K, N>, key_blocks + parts * row_tiles(g.queries.landmarks), tiles, E::kThreads,
         by_keys > by_landmarks ? by_keys : by_landmarks, p);
     Stages<T>::landmarks_backward(device_, LandmarksBackwardParameters{g, p.dqt_part, p.dconv_part, tiles});
   }

@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks) query_pass(const __gr
   using Pass = QueryPass<E>;
   using T = typename E::T;
   using A = typename E::Acc;
-  const int n_chunks = int(row_chunks(f.queries));
-  const Head s(f, blockIdx.x / n_chunks);
-  const int begin = int(blockIdx.x) % n_chunks * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
+  const ChunkTask task(blockIdx.x, f.heads, row_chunks(f, f.queries));
+  const Head s(f, task.problem(f.heads));
+  const int begin = task.chunk * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
   const int out0 = int(blockIdx.y) * E::kOut;
   if (begin >= end) return;
 

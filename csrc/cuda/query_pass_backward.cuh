@@ -11,8 +11,8 @@ namespace nystrom_ext::cuda {
 
 struct QueryPassBackwardParameters : Backward {
   int column_slots;
-  void *dw_part, *dkt_part;  // (N, chunks of queries, columns, value_width or head_width)
-  void* dmissed_rows;        // (N, L): the sum of dS1 over the landmarks; null unless extended
+  void *dw_part, *dkt_part;  // (chunks of queries, H, columns, value_width or head_width)
+  void* dmissed_rows;        // a number a query: the sum of dS1 over the landmarks; null unless extended
 };
 
 template <class E>
@@ -82,8 +82,8 @@ struct QueryPassBackward {
       lse[i] = softmax.max[i] + log2(softmax.sum[i]);
       const int row = first + E::row(i);
       if (row >= queries.end || E::column(0) != 0 || blockIdx.y != 0) continue;
-      slice<A>(g.lse1, s.n, g.queries.length)[row] = lse[i];
-      slice<A>(g.delta1, s.n, g.queries.length)[row] = delta[i];
+      query_slice<A>(g.lse1, g, s)[row] = lse[i];
+      query_slice<A>(g.delta1, g, s)[row] = delta[i];
     }
   }
 
@@ -107,7 +107,7 @@ struct QueryPassBackward {
       const A sum = E::row_sum(missed[i]);
       const int row = first + E::row(i);
       if (row < queries.end && E::column(0) == 0 && blockIdx.y == 0) {
-        slice<A>(g.dmissed_rows, s.n, g.queries.length)[row] = sum;
+        query_slice<A>(g.dmissed_rows, g, s)[row] = sum;
       }
     }
   }
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   using T = typename E::T;
   using A = typename E::Acc;
   using Pass = QueryPassBackward<E>;
-  const int n_chunks = int(row_chunks(g.queries));
-  const Head s(g, blockIdx.x / n_chunks);
-  const int begin = int(blockIdx.x) % n_chunks * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
+  const ChunkTask task(blockIdx.x, g.heads, row_chunks(g, g.queries));
+  const Head s(g, task.problem(g.heads));
+  const int begin = task.chunk * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
   const int out0 = int(blockIdx.y) * E::kOut;
   if (begin >= end) return;
 
@@ -212,8 +212,7 @@ struct LandmarkSweep {
         j = row0 + row;
       });
     }
-    const A* lse = slice<A>(g.lse1, s.n, g.queries.length);
-    const A* delta = slice<A>(g.delta1, s.n, g.queries.length);
+    const A *lse = query_slice<A>(g.lse1, g, s), *delta = query_slice<A>(g.delta1, g, s);
     const auto kept = [&] {
       return dropout.kept<E>([&](int i, int j, int& row, int& column) {
         if (first + E::column(j) >= end) return false;
@@ -233,11 +232,12 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   using T = typename E::T;
   using A = typename E::Acc;
   using Sweep = LandmarkSweep<E>;
-  const int n_chunks = int(chunks(g.queries)), rows = int(g.columns());
+  const int rows = int(g.columns());
   const int d = int(g.head_width()), e = int(g.value_width());
   const int row_tiles = int(divide_up(rows, E::kRows)), out0 = int(blockIdx.y) * E::kOut;
-  const Head s(g, blockIdx.x / row_tiles / n_chunks);
-  const int chunk = int(blockIdx.x) / row_tiles % n_chunks;
+  const ChunkTask task(int(blockIdx.x) / row_tiles, g.heads, chunks(g, g.queries));
+  const Head s(g, task.problem(g.heads));
+  const int chunk = task.chunk;
   const int row0 = int(blockIdx.x % row_tiles) * E::kRows;
   char *scratch = dynamic_shared_memory(), *tiles = scratch + E::scratch(false);
   const typename Sweep::Queries queries{
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
     Sweep::Queries::done();
   }
 
-  const int64_t slot = (int64_t(s.n) * n_chunks + chunk) * rows;
+  const int64_t slot = (task.slot * g.heads + s.h) * rows;
   A *to_w = static_cast<A*>(g.dw_part) + slot * e, *to_kt = static_cast<A*>(g.dkt_part) + slot * d;
   for_each(dw, E::kRowsPerThread, [&](int i, int j, A& x) {
     const int row = row0 + E::row(i), column = out0 + E::column(j);

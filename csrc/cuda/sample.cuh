@@ -14,15 +14,21 @@ enum class Regime {
 };
 
 // The valid tokens of one sample. Without a mask there is no plan in memory: ranks are positions, and the borders of
-// the segments follow from their formula.
+// the segments follow from their formula. Packed samples need none either.
 struct Side {
-  int count;  // L' or S'
-  int rows;   // landmarks in use
+  int count;      // L' or S'
+  int rows;       // landmarks in use
+  int positions;  // L or S
+  int64_t first;  // where position 0 lies in an operand; not 0 in packed samples
   const int64_t *index, *offsets;
 
   __device__ Side(const Tokens& t, int64_t b, int64_t m)
-      : count(int(t.count ? t.count[b] : t.length)),
+      : count(int(t.first   ? t.first[b + 1] - t.first[b]
+                  : t.count ? t.count[b]
+                            : t.length)),
         rows(int(count < m ? count : m)),
+        positions(t.first ? count : int(t.length)),
+        first(t.first ? t.first[b] : 0),
         index(t.index ? t.index + b * t.length : nullptr),
         offsets(t.offsets ? t.offsets + b * (t.landmarks + 1) : nullptr) {}
 
@@ -87,21 +93,48 @@ struct Rows {
   const int64_t* index;
   int columns;
 
+  __device__ Rows by_position() const { return {data, token, feature, nullptr, columns}; }
   __device__ T* at(int position) const { return data + position * token; }
   __device__ T* row(int rank) const { return at(index ? int(index[rank]) : rank); }
 };
 
 template <class T>
-__device__ Rows<T> rows(const Operand& x, int64_t b, int64_t h, int64_t columns, const int64_t* index) {
-  return {static_cast<T*>(x.data) + b * x.batch + h * x.head, x.token, x.feature, index, int(columns)};
+__device__ Rows<T> rows(const Operand& x, int64_t b, int64_t h, int64_t columns, const Side& side) {
+  T* data = static_cast<T*>(x.data) + b * x.batch + side.first * x.token + h * x.head;
+  return {data, x.token, x.feature, side.index, int(columns)};
 }
 template <class T>
 __device__ Rows<T> query_rows(const Operand& x, const Head& s, int64_t columns) {
-  return rows<T>(x, s.b, s.h, columns, s.queries.index);
+  return rows<T>(x, s.b, s.h, columns, s.queries);
 }
 template <class T>
 __device__ Rows<T> key_rows(const Operand& x, const Head& s, int64_t columns) {
-  return rows<T>(x, s.b, s.kv, columns, s.keys.index);
+  return rows<T>(x, s.b, s.kv, columns, s.keys);
+}
+
+// One chunk of one head's ranks: blocks and the places of partial sums are numbered (slot, head).
+struct ChunkTask {
+  int64_t slot;
+  int sample, head, chunk;
+  __device__ ChunkTask(int64_t task, int64_t heads, const Slots& slots)
+      : slot(task / heads),
+        sample(int(slots.sample(slot))),
+        head(int(task % heads)),
+        chunk(int(slot - slots.begin(sample))) {}
+  __device__ int64_t problem(int64_t heads) const { return int64_t(sample) * heads + head; }
+};
+
+// The place of a head's first chunk among partial sums; the next ones follow at a distance of `heads`.
+__device__ __forceinline__ int64_t first_part(const Problem& p, const Head& s, const Slots& slots) {
+  return slots.begin(s.b) * p.heads + s.h;
+}
+
+// A head's slice of a buffer with one number a query.
+template <class A>
+__device__ A* query_slice(void* buffer, const Problem& p, const Head& s) {
+  const int64_t begin =
+      p.queries.first ? p.heads * s.queries.first + int64_t(s.h) * s.queries.count : s.n * p.queries.length;
+  return static_cast<A*>(buffer) + begin;
 }
 
 // Problem n's slice of an m-sized buffer.

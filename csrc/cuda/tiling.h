@@ -16,7 +16,7 @@ constexpr int kColumnMemory = 64 * 1024;
 // as much: two and more fit one multiprocessor of sm_80, 90 and 100, one fits where it has 100 KB (sm_86, 89, 120).
 constexpr int kCoreMemory = 72 * 1024;
 
-constexpr int64_t chunks(const Tokens& t) { return divide_up(t.length, kChunk); }
-constexpr int64_t row_chunks(const Tokens& t) { return divide_up(t.length, kRowChunk); }
+constexpr Slots chunks(const Problem& p, const Tokens& t) { return {t, p.batch, kChunk}; }
+constexpr Slots row_chunks(const Problem& p, const Tokens& t) { return {t, p.batch, kRowChunk}; }
 
 }  // namespace nystrom_ext::cuda

@@ -9,7 +9,6 @@ import sys
 
 import torch
 
-from nystrom_ext import nystrom_attention
 from tests.problems import DTYPES, Problem, run
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -23,6 +22,8 @@ PROBLEMS = (
     Problem(B=3, H=1, L=60, m=8, mask="all", options={"dropout_p": 0.3}),
     Problem(B=1, H=2, L=7, S=150, m=8, mask="holes"),
     Problem(B=1, H=2, L=150, S=7, m=8, mask="tail"),
+    Problem(B=4, H=2, L=1300, m=64, d=64, mask="tail", packed=True),
+    Problem(B=4, H=4, kv_heads=2, L=300, m=16, taps=5, mask="all", packed=True, options={"window": 9, "pinned": 2}),
 )
 
 
@@ -31,7 +32,7 @@ def exercise() -> None:
     for p in PROBLEMS:
         for dtype in DTYPES:
             x = [t.detach().cuda().requires_grad_() for t in p.tensors(dtype)]
-            run(nystrom_attention, p, x, torch.randn(*x[0].shape[:3], x[2].shape[3]))
+            run(p.attention, p, x, torch.randn(*x[0].shape[:3], x[2].shape[3]))
             torch.cuda.synchronize()
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 from problems import DTYPES, Problem, padding_mask, run
 from test_registration import Layer, test_opcheck_internal, test_opcheck_public  # noqa: F401  (collected here too)
-from test_varlen import test_packed_self_attention  # noqa: F401
+from test_varlen import (  # noqa: F401
+    test_convolution,
+    test_cross_attention,
+    test_opcheck,
+    test_packed_self_attention,
+    test_views_of_one_projection,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

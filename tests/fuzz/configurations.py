@@ -120,6 +120,11 @@ def draw(rng: random.Random, length: Any) -> Configuration:
         if any(near):
             p.options |= {"window": near[0], "pinned": near[1]}
             p.query_mask = rng.choice(("same", "equal"))
+    if rng.random() < 0.2:  # what is not padding on the right has no packed form
+        p.packed, p.mask_layout = True, CONTIGUOUS
+        p.mask, p.query_mask = (rng.choice(("none", "tail", "all", "everything")) for _ in range(2))
+        if L == S and (p.taps or p.options):
+            p.query_mask = "equal"
     p.options |= {"coefficient": "global"} if rng.random() < 0.2 else {}
     p.options |= {"dropout_p": rng.choice((0.1, 0.5, 0.5, 1.0))} if rng.random() < 0.2 else {}
     p.options |= {"scale": rng.choice((0.0, -0.7, 0.2))} if rng.random() < 0.1 else {}

@@ -55,6 +55,11 @@ def kinds(p: Configuration | None) -> list[str]:
         "no gradients": p and not p.wanted,
         "stride 0": p and p.layout["query"] in EXPANDED,
         "gradient of stride 0": p and p.layout["grad"] in EXPANDED,
+        "packed": p and p.packed,
+        "packed, window": p and p.packed and p.options.get("window"),
+        "packed, convolution": p and p.packed and p.taps,
+        "packed, dropout": p and p.packed and p.options.get("dropout_p"),
+        "packed, other lengths of queries": p and p.packed and p.query_mask != "equal",
         "joined heads": p and p.layout["query"] == p.layout["key"] == p.layout["value"] == "heads inside",
         **{str(dtype): p and p.dtype == dtype for dtype in DTYPES},
     }
