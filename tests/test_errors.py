@@ -84,23 +84,23 @@ def test_double_backward_is_refused_by_name() -> None:
 def test_internal_ops_check_too() -> None:
     """Nothing reached through torch.ops may read out of bounds."""
     forward, backward = torch.ops.nystrom_ext._attention_forward, torch.ops.nystrom_ext._attention_backward
-    options = (8, 6, 0.3, 0.0, False, 0, 0)
+    options, everything = (8, 6, 0.3, 0.0, False, 0, 0), (True,) * 4
     with pytest.raises(ValueError, match="same number of tokens"):
         forward(X, X, X[:, :, :5], None, None, None, None, *options)
     with pytest.raises(ValueError, match="dropout_p > 0 needs rng_state"):
         forward(X, X, X, None, None, None, None, 8, 6, 0.3, 0.5, False, 0, 0)
     out, *saved = forward(X, X, X, None, None, None, None, *options)
     with pytest.raises(ValueError, match="the gradient must have the shape"):
-        backward(out[..., :3], X, X, X, None, None, None, None, *saved, *options)
+        backward(out[..., :3], X, X, X, None, None, None, None, *saved, *options, everything)
     with pytest.raises(ValueError, match="saved tensors are not those"):
-        backward(out, X, X, X, None, None, None, None, *(s[:, :, :2] for s in saved), *options)
+        backward(out, X, X, X, None, None, None, None, *(s[:, :, :2] for s in saved), *options, everything)
     wrong = [saved[0][..., :8], saved[0][:, :1], saved[0].double(), saved[0][0], saved[0].mT.contiguous().mT]
     for i, tensor in [(0, tensor) for tensor in wrong] + [(3, saved[3][:1]), (5, saved[0])]:
         with pytest.raises(ValueError, match="saved tensors are not those"):
             changed = [tensor if i == j else s for j, s in enumerate(saved)]
-            backward(out, X, X, X, None, None, None, None, *changed, *options)
+            backward(out, X, X, X, None, None, None, None, *changed, *options, everything)
     with pytest.raises(ValueError, match="saved tensors are not those"):  # of a call without a window
-        backward(out, X, X, X, None, None, None, None, *saved, *options[:-2], 3, 1)
+        backward(out, X, X, X, None, None, None, None, *saved, *options[:-2], 3, 1, everything)
 
 
 def test_two_equal_masks_are_one() -> None:

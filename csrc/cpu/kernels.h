@@ -41,7 +41,7 @@ struct Kernels {
   void (*core)(const Forward&, const double* c, int64_t, int64_t);            // problem; c null: each head's own
   void (*query_pass)(const Forward&, int64_t, int64_t);                       // (problem, query chunk)
 
-  // backward
+  // backward; what no gradient of `wanted` needs is neither read nor written
   void (*query_pass_backward)(const Backward&, const Partials&, int64_t,
                               int64_t);  // (problem, query chunk); dW, dKt, dmissed
   void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem

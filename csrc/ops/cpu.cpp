@@ -117,8 +117,9 @@ void query_pass(const Forward& f) {
 
 void query_pass_backward(const Backward& g) {
   const int64_t tasks = g.problems() * cpu::chunks(g.queries, g.landmarks), rows = g.columns();
-  const at::Tensor dw = buffer(g, tasks * rows * g.value_width()), dkt = buffer(g, tasks * rows * g.head_width());
-  const at::Tensor dmissed = buffer(g, g.extended() ? tasks * g.queries.landmarks : 0);
+  const at::Tensor dw = buffer(g, tasks * rows * g.value_width());
+  const at::Tensor dkt = buffer(g, g.wanted.key ? tasks * rows * g.head_width() : 0);
+  const at::Tensor dmissed = buffer(g, g.extended() && g.wanted.scores() ? tasks * g.queries.landmarks : 0);
   const Partials partials{dw.data_ptr(), dkt.data_ptr(), dmissed.data_ptr()};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward_merge(g, partials, a, b); });
@@ -135,12 +136,13 @@ void core_backward(const Backward& g) {
            [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, &global.value, dc.data(), a, b); });
   double total = 0;
   for (const double x : dc) total += x;
-  if (global.value > 0) kernels(g.dtype).coefficient_backward(g, global.problem, total);
+  if (global.value > 0 && g.wanted.scores()) kernels(g.dtype).coefficient_backward(g, global.problem, total);
 }
 
 void key_pass_backward(const Backward& g) {
   const int64_t chunks = cpu::chunks(g.keys, g.landmarks), parts = g.problems() * chunks;
-  const at::Tensor dqt = buffer(g, parts * g.queries.landmarks * g.head_width()), dconv = buffer(g, parts * g.taps);
+  const at::Tensor dqt = buffer(g, g.wanted.query ? parts * g.queries.landmarks * g.head_width() : 0);
+  const at::Tensor dconv = buffer(g, g.wanted.conv ? parts * g.taps : 0);
   const Partials partials{dqt.data_ptr(), dconv.data_ptr()};
   parallel(g.batch * g.kv_heads * chunks,
            [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward(g, partials, a, b); });
@@ -169,14 +171,17 @@ void forward(Forward& f) {
 
 void backward(Backward& g) {
   const at::Tensor tokens = plan(g);
+  const Wanted& wanted = g.wanted;
   const int64_t rows = g.window > 0 ? g.problems() * g.queries.length : 0;
-  const at::Tensor lse1 = buffer(g, rows), delta1 = buffer(g, rows);
+  const at::Tensor lse1 = buffer(g, wanted.tokens() ? rows : 0), delta1 = buffer(g, wanted.key ? rows : 0);
   g.lse1 = lse1.data_ptr();
   g.delta1 = delta1.data_ptr();
-  stage("nystrom_ext::query_pass_backward", query_pass_backward, g);
-  stage("nystrom_ext::core_backward", core_backward, g);
+  if (wanted.attention()) {
+    stage("nystrom_ext::query_pass_backward", query_pass_backward, g);
+    stage("nystrom_ext::core_backward", core_backward, g);
+  }
   stage("nystrom_ext::key_pass_backward", key_pass_backward, g);
-  stage("nystrom_ext::landmarks_backward", landmarks_backward, g);
+  if (wanted.query) stage("nystrom_ext::landmarks_backward", landmarks_backward, g);
 }
 
 const Backend cpu_backend{nullptr, forward, backward};

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -21,6 +22,7 @@ struct Arguments {
 };
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using GradientMask = std::array<bool, 4>;  // of query, key, value, conv_weight: whether its gradient is asked for
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // What the forward op saves for the backward op, in schema order.
@@ -41,10 +43,10 @@ using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& quer
                                   const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
                                   const at::Tensor& missed, int64_t num_landmarks, int64_t pinv_iterations,
                                   double scale, double dropout_p, bool global_coefficient, int64_t window,
-                                  int64_t pinned);
+                                  int64_t pinned, GradientMask output_mask);
 
 ForwardResult call_forward(const Arguments& a);
-BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
+BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved, GradientMask output_mask);
 
 // The public op's arguments as the internal ops take them: defaults resolved, the dropout's seed drawn.
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
