@@ -96,15 +96,27 @@ struct Forward : Problem {
   void* missed = nullptr;  // (N, queries.landmarks) if extended: log of the mass that the landmarks miss
 };
 
-struct Backward : Forward {      // out: the gradient dO that arrives
+// The gradients that are asked for. Nothing that serves the others alone is computed, and no bit of these depends on
+// it.
+struct Wanted {
+  bool query = true, key = true, value = true, conv = true;
+
+  constexpr bool scores() const { return query || key; }          // dS1, dS2, dS3: the reverse of every softmax
+  constexpr bool tokens() const { return key || value; }          // what the key pass writes token by token
+  constexpr bool attention() const { return scores() || value; }  // anything but the convolution's weight
+};
+
+// Null is what no gradient asked for needs; the name says which ones do: all that is left is for any but dconv alone.
+struct Backward : Forward {  // out: the gradient dO that arrives
+  Wanted wanted;
   Operand dquery, dkey, dvalue;  // zero at padded positions on entry
   void* dconv = nullptr;         // (H, T), accumulation type
-  void* dqt = nullptr;           // (N, queries.landmarks, head_width)
-  void* dkt = nullptr;           // (N, columns, head_width)
+  void* dqt = nullptr;           // (N, queries.landmarks, head_width): query
+  void* dkt = nullptr;           // (N, columns, head_width): key
   void* du = nullptr;            // (N, queries.landmarks, value_width)
   void* dw = nullptr;            // (N, columns, value_width)
-  void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U), less dmissed
-  void* dmissed = nullptr;       // (N, queries.landmarks) if extended
+  void* delta = nullptr;         // (N, queries.landmarks): delta3 = rowsum(dU * U), less dmissed: scores
+  void* dmissed = nullptr;       // (N, queries.landmarks) if extended: scores
   void* lse1 = nullptr;          // with a window, (sample, head, query) by rank: the backend's own
   void* delta1 = nullptr;        // likewise: rowsum(P1 * dP1)
 };

@@ -85,22 +85,23 @@ def test_internal_ops_check_too() -> None:
     """Nothing reached through torch.ops may read out of bounds."""
     forward, backward = torch.ops.nystrom_ext._attention_forward, torch.ops.nystrom_ext._attention_backward
     options, none = (8, 6, 0.3, 0.0, False, 0, 0), (*(None,) * 6, 0, 0)
+    everything = (True,) * 4
     with pytest.raises(ValueError, match="same number of tokens"):
         forward(X, X, X[:, :, :5], *none, *options)
     with pytest.raises(ValueError, match="dropout_p > 0 needs rng_state"):
         forward(X, X, X, *none, 8, 6, 0.3, 0.5, False, 0, 0)
     out, *saved = forward(X, X, X, *none, *options)
     with pytest.raises(ValueError, match="the gradient must have the shape"):
-        backward(out[..., :3], X, X, X, *none, *saved, *options)
+        backward(out[..., :3], X, X, X, *none, *saved, *options, everything)
     with pytest.raises(ValueError, match="saved tensors are not those"):
-        backward(out, X, X, X, *none, *(s[:, :, :2] for s in saved), *options)
+        backward(out, X, X, X, *none, *(s[:, :, :2] for s in saved), *options, everything)
     wrong = [saved[0][..., :8], saved[0][:, :1], saved[0].double(), saved[0][0], saved[0].mT.contiguous().mT]
     for i, tensor in [(0, tensor) for tensor in wrong] + [(3, saved[3][:1]), (5, saved[0])]:
         with pytest.raises(ValueError, match="saved tensors are not those"):
             changed = [tensor if i == j else s for j, s in enumerate(saved)]
-            backward(out, X, X, X, *none, *changed, *options)
+            backward(out, X, X, X, *none, *changed, *options, everything)
     with pytest.raises(ValueError, match="saved tensors are not those"):  # of a call without a window
-        backward(out, X, X, X, *none, *saved, *options[:-2], 3, 1)
+        backward(out, X, X, X, *none, *saved, *options[:-2], 3, 1, everything)
     longer, row = torch.tensor([0, 10, X.shape[2] + 1]), X[:1]
     same = torch.tensor([0, 10, X.shape[2]])
     packed = (None, None, None, None, same, same, X.shape[2], X.shape[2])
@@ -110,7 +111,7 @@ def test_internal_ops_check_too() -> None:
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens"):
             forward(*arguments, *options)
         with pytest.raises(ValueError, match="must rise from 0 to the number of tokens"):
-            backward(out, *arguments, *saved, *options)
+            backward(out, *arguments, *saved, *options, everything)
     with pytest.raises(ValueError, match="need cu_seqlens_q and cu_seqlens_k, got only one"):
         forward(row, row, row, *packed[:5], None, *packed[6:], *options)
     with pytest.raises(ValueError, match="packed samples are one row"):

@@ -57,7 +57,8 @@ def test_opcheck_internal(L: int, m: int, window: int, pinned: int, taps: int, d
     inputs = (*x[:3], mask, mask, x[3] if taps else None, rng, None, None, 0, 0)
     opcheck(OPS._attention_forward.default, (*inputs, *options))
     out, *saved = OPS._attention_forward(*inputs, *options)
-    opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options))
+    for wanted in ((True,) * 4, (False, False, True, False), (True, False, False, True)):
+        opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options, wanted))
 
 
 class Layer(torch.nn.Module):
@@ -179,7 +180,7 @@ def test_meta_and_fake_cuda_tensors() -> None:
         y = torch.empty(2, 3, 100, 8, device="cuda")
         none, options = (*(None,) * 6, 0, 0), (64, 6, 0.3, 0.0, False, 16, 1)
         out, *saved = OPS._attention_forward(y, y, y, *none, *options)
-        gradients = OPS._attention_backward(out, y, y, y, *none, *saved, *options)
+        gradients = OPS._attention_backward(out, y, y, y, *none, *saved, *options, (True,) * 4)
         assert all(t.device.type == "cuda" and t.shape == y.shape for t in (out, *gradients[:3]))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as program
-from benchmarks.speed import bars, machine, peers, readme, stages
+from benchmarks.speed import bars, gradients, machine, peers, readme, stages
 from benchmarks.speed.arguments import parse
 from benchmarks.speed.cases import Case, Entry, tables
 from benchmarks.speed.gate import Gate
@@ -209,6 +209,7 @@ def _results(seconds: dict[tuple[str, int], float]) -> dict[str, Any]:
         "same_bits": True,
         "cells": cells,
         "stages": [],
+        "gradients": [],
         "memory": [],
     }
 
@@ -234,6 +235,29 @@ def test_stages() -> None:
     assert all(s["runs"] == 3 and 0 < s["minimum"] <= s["median"] for s in record["stages"].values())
     args.device = "cuda"
     assert stages.records(args) == []
+
+
+def test_gradients(tmp_path: Path, slow_parts_left_out: None, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run(tmp_path, "--gradients", "--contestants", "nystrom_ext", "--no-memory")
+    by_taps = {t: [r["wanted"] for r in results["gradients"] if r["taps"] == t] for t in (0, gradients.TAPS)}
+    assert len({*by_taps[0]}) == 7 and len({*by_taps[gradients.TAPS]}) == 15
+    shown = capsys.readouterr().out
+    assert "by the gradients asked for: B=1 H=2 n=256" in shown and str(build_info()["cpu_capability"]) in shown
+    case, wanted = asdict(Case(1, 8, 4096, 64, 64)), {"dQ dK dV": 1.0, "dV": 0.61, "dQ": 0.69}
+    found = [{"case": case, "taps": 0, "wanted": name, "median": t} for name, t in wanted.items()]
+    made = {bar["bar"]: bar["passed"] for bar in bars.bars({**_results({}), "gradients": found})}
+    assert made["dV alone / dQ dK dV, backward, n = 4096"] is False
+    assert made["dQ alone / dQ dK dV, backward, n = 4096"] is True
+
+
+def test_memory_of_one_gradient() -> None:
+    """One tensor, not three, and the m-sized buffers."""
+    args = parse(["--lengths", "4096", "--heads", "4"])
+    case = Case(1, 4, 4096, 64, 16)
+    one, three = (gradients.memory(gradients.Backward(case, name, 0), args) for name in ("dV", "dQ dK dV"))
+    assert one is not None and three is not None
+    size = 4 * 4096 * 64 * 4
+    assert size <= one + bars.GRAIN and one <= 1.5 * size + bars.GRAIN and three >= 3 * size - bars.GRAIN
 
 
 def test_percent_of_peak_is_that_of_the_passes() -> None:

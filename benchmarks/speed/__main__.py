@@ -15,7 +15,7 @@ from benchmarks.finetune import UsageError
 from benchmarks.finetune.checkpoint import write_atomically
 from benchmarks.finetune.interrupts import Interrupted, Interrupts
 
-from . import bars, cases, machine, memory, report, stages
+from . import bars, cases, gradients, machine, memory, report, stages
 from .arguments import parse
 from .gate import Gate, same_bits
 from .measure import race
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     memory_entries = [] if args.no_memory else memory.entries(args)
     groups = [group for table in tables.values() for group in table]
     gate, cells, memories = Gate(), [], []
-    total = 3 + len(cases.PASSES) * len(groups) + len(memory_entries)
+    total = 3 + args.gradients + len(cases.PASSES) * len(groups) + len(memory_entries)
     interval = 0.1 if sys.stderr.isatty() else 10.0  # few lines in a log
     with tqdm(total=total, desc="peak of the machine", mininterval=interval, dynamic_ncols=True) as bar:
         peaks = machine.peaks(args.device, args.dtype)
@@ -77,6 +77,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         bar.set_description("stages", refresh=False)
         profiled = stages.records(args)
         bar.update()
+        bar.set_description("gradients", refresh=False)
+        by_gradients = gradients.records(args) if args.gradients else []
+        bar.update(args.gradients)
         bar.set_description("peak of the machine", refresh=False)
         peaks = machine.better(peaks, machine.peaks(args.device, args.dtype))
         bar.update()
@@ -88,6 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "same_bits": same_bits(args.device) if "nystrom_ext" in gate.errors else None,
         "cells": cells,
         "stages": profiled,
+        "gradients": by_gradients,
         "memory": memories,
     }
     return {**results, "bars": bars.bars(results)}

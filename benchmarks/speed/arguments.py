@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.max_exact = args.max_exact if args.max_exact is not None else (16384 if args.full else 8192)
     args.max_rivals = args.max_rivals if args.max_rivals is not None else (16384 if args.full else 8192)
     args.contestants.sort(key=NAMES.index)
+    args.gradients = args.gradients or args.full
     args.check = args.check or args.strict
     _check(args)
     return args
@@ -61,6 +62,7 @@ def _build() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"default: all; {'; '.join(NAMES)}",
     )
+    add("--gradients", action="store_true", help="the backward pass by the gradients asked for; --full: always")
     add("--lengths", type=int, nargs="+", help="multiples of --num-landmarks, for the peers' sake")
     add("--batch", type=int, default=1, help="samples")
     add("--heads", type=int, default=8, help="heads")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import stages
+from . import gradients, stages
 from .cases import ONE_LONG, PASSES, Case
 
 COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
@@ -50,6 +50,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         *_exact(cells),
         *_window(cells),
         *_types(cells, results["machine"]["build"]["cpu_capability"]),
+        *_gradients(results["gradients"]),
         *_peak(results),
         bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
         *_memory(results),
@@ -103,6 +104,16 @@ def _peak(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
             rate = stages.rate(measured[n], stages.DIRECTIONS[direction]) if measured else None
             percent = rate and 100 * rate / results["peaks"]["gflops"]
             yield bar(f"percent of peak in the {direction} passes, n = {n}", percent, limit)
+
+
+def _gradients(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Backward pass for one gradient beside that for three."""
+    found = {r["wanted"]: r["median"] for r in records if not r["taps"] and r["case"]["n"] == gradients.LENGTH}
+    for name, limit in (("dV", 0.6), ("dQ", 0.7)):
+        ratio = found[name] / found[gradients.EVERYTHING] if found else None
+        yield bar(
+            f"{name} alone / {gradients.EVERYTHING}, backward, n = {gradients.LENGTH}", ratio, limit, at_most=True
+        )
 
 
 def _growth(cells: Cells) -> float | None:

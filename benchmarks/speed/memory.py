@@ -47,7 +47,7 @@ def record(entry: Entry, name: str, gate: Gate, args: argparse.Namespace) -> dic
 
 def prepare(entry: Entry, backward: bool, threads: int) -> Callable[[], object]:
     """Runs in the child. A small problem loads the libraries, which are not memory of the operator."""
-    _return_freed_memory()
+    return_freed_memory()
     torch.set_num_threads(threads)
     n = 2 * max(64, entry.case.m)
     small, real = (Runner(replace(entry, case=c), backward) for c in (replace(entry.case, n=n), entry.case))
@@ -57,7 +57,7 @@ def prepare(entry: Entry, backward: bool, threads: int) -> Callable[[], object]:
     return real
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Else glibc keeps blocks up to 32 MiB, resident, and what is reused would not be counted."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import stages
+from . import gradients, stages
 from .cases import PASSES, Case
 
 OURS = "nystrom_ext"
@@ -26,6 +26,10 @@ def show(results: dict[str, Any]) -> None:
     for record in results["stages"]:
         console.print(f"\nstages of nystrom_ext, n={record['case']['n']}", style="italic")
         console.print(_stages(record, results["peaks"]["gflops"]))
+    if results["gradients"]:
+        title = f"backward pass by the gradients asked for: {shape(results['gradients'])}"
+        console.print(f"\n{title}, {results['machine']['build']['cpu_capability']}", style="italic")
+        console.print(_gradients(results["gradients"]))
     if results["memory"]:
         console.print("\npeak memory in MiB beyond inputs, result and gradients", style="italic")
         console.print(_memory(results["memory"]))
@@ -110,6 +114,27 @@ def _stages(record: dict[str, Any], peak: float) -> Table:
         shown = (f"{flops:.0f}", f"{flops / peak:.0%}") if flops else ("", "")
         table.add_row(name, f"{seconds['median'] * 1e3:.2f}", *shown)
     return table
+
+
+def _gradients(records: list[dict[str, Any]]) -> Table:
+    """One line for each set of gradients, without a convolution and with one."""
+    table = Table()
+    for name in ("gradients", "median ms", "peak MiB", f"median ms, {gradients.TAPS} taps", "peak MiB"):
+        table.add_column(name, justify="left" if name == "gradients" else "right")
+    base = {r["taps"]: r["median"] for r in records if r["wanted"] == gradients.EVERYTHING}
+    for wanted in dict.fromkeys(record["wanted"] for record in records):
+        found = {r["taps"]: r for r in records if r["wanted"] == wanted}
+        texts = []
+        for taps in base:
+            texts += _gradient(found[taps], base[taps]) if taps in found else ["", ""]
+        table.add_row(wanted, *texts)
+    return table
+
+
+def _gradient(record: dict[str, Any], base: float) -> list[str]:
+    size = record["bytes"]
+    relative = f"[dim]{record['median'] / base:.2f}x[/dim]"
+    return [f"{record['median'] * 1e3:.2f} {relative}", "" if size is None else f"{size / 2**20:.1f}"]
 
 
 def _memory(records: list[dict[str, Any]]) -> Table:

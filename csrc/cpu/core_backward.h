@@ -11,11 +11,11 @@ struct CoreBackwardScratch {
   CoreScratch<A> forward;
   A *da, *dz, *dz_next, *dx, *dt, *dt_next, *transposed, *ut;
   CoreBackwardScratch() = default;
-  CoreBackwardScratch(Arena& arena, const Problem& p) : forward(arena, p, true) {
-    const int64_t m = core_size(p), ld = padded(m);
+  CoreBackwardScratch(Arena& arena, const Backward& g) : forward(arena, g, g.wanted.scores()) {
+    const int64_t m = g.wanted.scores() ? core_size(g) : 0, ld = padded(m);
     A** const matrices[] = {&da, &dz, &dz_next, &dx, &dt, &dt_next, &transposed};
     for (A** matrix : matrices) *matrix = arena.take<A>(m * ld);
-    ut = arena.take<A>(p.value_dim * ld);
+    ut = arena.take<A>(g.value_dim * ld);
   }
 };
 
@@ -55,10 +55,11 @@ void newton_schulz_backward(const CoreBackwardScratch<A>& s, int64_t m, int64_t 
 template <class A>
 void scores_backward(const Backward& g, const Head& h, const CoreBackwardScratch<A>& s, bool add_dqt) {
   const int64_t m = g.landmarks, ld = padded(m), d = g.head_width();
-  gemm<false>(m, d, m, s.da, ld, slice<A>(g.kt, h.n, g.columns(), d), d, slice<A>(g.dqt, h.n, g.queries.landmarks, d),
-              d, A(1), add_dqt);
-  gemm<true>(m, d, m, s.da, ld, slice<A>(g.qt, h.n, g.queries.landmarks, d), d, slice<A>(g.dkt, h.n, g.columns(), d), d,
-             A(1), true);
+  const A *qt = slice<A>(g.qt, h.n, g.queries.landmarks, d), *kt = slice<A>(g.kt, h.n, g.columns(), d);
+  if (g.wanted.query) {
+    gemm<false>(m, d, m, s.da, ld, kt, d, slice<A>(g.dqt, h.n, g.queries.landmarks, d), d, A(1), add_dqt);
+  }
+  if (g.wanted.key) gemm<true>(m, d, m, s.da, ld, qt, d, slice<A>(g.dkt, h.n, g.columns(), d), d, A(1), true);
 }
 
 // Through missed = LSE3 - logsumexp_J(s Qt Kt^T + log c_J), whose second part has the gradient -s dmissed B with B the
@@ -82,7 +83,7 @@ void similarity_backward(const Backward& g, const Head& h, const CoreBackwardScr
   scores_backward(g, h, s, add_dqt);
 }
 
-// dU, delta3, dQt, dKt of one problem in the Nyström regime; returns the gradient of c.
+// dU and, where they are wanted, dQt, dKt of one problem in the Nyström regime; returns the gradient of c.
 template <class A>
 A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBackwardScratch<A>& s) {
   const int64_t m = g.landmarks, ld = padded(m), e = g.value_width(), size = m * ld;
@@ -91,10 +92,11 @@ A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBack
 
   const A* dw = slice<A>(g.dw, h.n, g.columns(), e);
   A* u = slice<A>(g.u, h.n, g.queries.landmarks, e);
-  transpose(u, m, g.value_dim, e, s.ut, ld);
-  gemm<false>(m, ld, g.value_dim, dw, e, s.ut, ld, s.dz, ld);  // dZ = dW U^T
   gemm<true>(m, e, m, s.forward.iterate(g.iterations).z, ld, dw, e, slice<A>(g.du, h.n, g.queries.landmarks, e),
              e);  // dU = Z^T dW
+  if (!g.wanted.scores()) return A(0);
+  transpose(u, m, g.value_dim, e, s.ut, ld);
+  gemm<false>(m, ld, g.value_dim, dw, e, s.ut, ld, s.dz, ld);  // dZ = dW U^T
 
   fill(s.da, size, A(0));
   CoreBackwardScratch<A> step = s;
@@ -122,7 +124,7 @@ A core_reverse(const Backward& g, const Head& h, const double* c, const CoreBack
 template <class T>
 void core_backward(const Backward& g, const double* c, double* dc, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const Scratch<CoreBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
+  const Scratch<CoreBackwardScratch<A>> scratch(g);
   const int64_t rows = g.queries.landmarks, e = g.value_width(), d = g.head_width();
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
@@ -131,13 +133,14 @@ void core_backward(const Backward& g, const double* c, double* dc, int64_t begin
     if (s.regime == Regime::exact_queries) {
       const Rows<T> dout = query_rows<T>(g.out, s, g.value_dim);
       for (int64_t j = 0; j < s.query_rows; ++j) dout.read(dout.position(j), du + j * e);
-      fill(slice<A>(g.dqt, n, rows, d), s.query_rows * d, A(0));
+      if (g.wanted.query) fill(slice<A>(g.dqt, n, rows, d), s.query_rows * d, A(0));
     } else if (s.regime == Regime::nystrom) {
       const A own = core_reverse(g, s, c, *scratch);
       if (dc) dc[n] = own;
     } else {
       continue;
     }
+    if (!g.wanted.scores()) continue;
     for (int64_t j = 0; j < s.query_rows; ++j) slice<A>(g.delta, n, rows)[j] = dot(du + j * e, u + j * e, e);
     for (int64_t j = 0; s.extended && j < s.query_rows; ++j) {
       slice<A>(g.delta, n, rows)[j] -= slice<A>(g.dmissed, n, rows)[j];
@@ -149,7 +152,7 @@ void core_backward(const Backward& g, const double* c, double* dc, int64_t begin
 template <class T>
 void coefficient_backward(const Backward& g, int64_t problem, double dc) {
   using A = Acc<T>;
-  const Scratch<CoreBackwardScratch<A>> scratch(static_cast<const Problem&>(g));
+  const Scratch<CoreBackwardScratch<A>> scratch(g);
   const Head s(g, problem);
   const int64_t m = g.landmarks, ld = padded(m);
   similarity(g, s, scratch->forward);

@@ -31,7 +31,7 @@ struct Kernels {
   void (*core)(const Forward&, const double* c, int64_t, int64_t);            // problem; c null: each head's own
   void (*query_pass)(const Forward&, int64_t, int64_t);                       // (query chunk, head)
 
-  // backward
+  // backward; what no gradient of `wanted` needs is neither read nor written
   void (*query_pass_backward)(const Backward&, const Partials&, int64_t,
                               int64_t);  // (query chunk, head); dW, dKt, dmissed
   void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem

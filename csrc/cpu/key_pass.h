@@ -153,27 +153,44 @@ struct KeyPassBackwardScratch {
   }
 };
 
-// P3 and s dS3 of one block, key by key: P3 = exp(S3 - LSE3), dS3 = P3 * (D * (V dU^T) - delta3), D: dropout.
+// P3 = exp(S3 - LSE3) of one block, key by key, where nobody asks for dS3.
+template <class A>
+void exponentiate(A* p, const A* lse, int64_t n, int64_t m) {
+  for (int64_t j = 0; j < m; j += Simd<A>::width) {
+    const Vec<A> base = load(lse + j);
+    for (int64_t i = j; i < n * m; i += m) store(p + i, exp<A>(load(p + i) - base));
+  }
+}
+
+// P3 and s dS3 of one block: dS3 = P3 * (D * (V dU^T) - delta3), D: dropout.
+template <class A>
+void differentiate(A* p, A* dp, A scale, const A* lse, const A* delta, int64_t n, int64_t m) {
+  for (int64_t j = 0; j < m; j += Simd<A>::width) {
+    const Vec<A> base = load(lse + j), mean = load(delta + j);
+    for (int64_t i = j; i < n * m; i += m) {
+      const Vec<A> e = exp<A>(load(p + i) - base);
+      store(p + i, e);
+      store(dp + i, scale * e * (load(dp + i) - mean));
+    }
+  }
+}
+
+// Both, or with dV alone P3, of one block; D * P3 with dropout.
 template <class A>
 void key_pass_probabilities(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
                             Tile<A> k, Tile<A> v, const KeyPassBackwardScratch<A>& scratch) {
-  constexpr int W = Simd<A>::width;
   const int64_t m = padded(s.query_rows);
   A *p = scratch.scores, *dp = scratch.dscores;
-  gemm<false>(n, m, g.head_dim, k.data, k.ld, scratch.qt, m, p, m);
-  gemm<false>(n, m, g.value_dim, v.data, v.ld, scratch.dut, m, dp, m);
   const bool drop = dropout.on() && s.regime == Regime::exact_queries;
-  if (drop) drop_columns(dropout, s, first, n, dp, m);
-  const A scale = A(g.scale);
-  for (int64_t j = 0; j < m; j += W) {
-    const Vec<A> lse = load(scratch.lse + j), delta = load(scratch.delta + j);
-    for (int64_t i = j; i < n * m; i += m) {
-      const Vec<A> e = exp<A>(load(p + i) - lse);
-      store(p + i, e);
-      store(dp + i, scale * e * (load(dp + i) - delta));
-    }
+  gemm<false>(n, m, g.head_dim, k.data, k.ld, scratch.qt, m, p, m);
+  if (g.wanted.scores()) {
+    gemm<false>(n, m, g.value_dim, v.data, v.ld, scratch.dut, m, dp, m);
+    if (drop) drop_columns(dropout, s, first, n, dp, m);
+    differentiate(p, dp, A(g.scale), scratch.lse, scratch.delta, n, m);
+  } else {
+    exponentiate(p, scratch.lse, n, m);
   }
-  if (drop) drop_columns(dropout, s, first, n, p, m);
+  if (drop && g.wanted.value) drop_columns(dropout, s, first, n, p, m);
 }
 
 // Each key gets its share of its landmark's gradient, dKt_j / |segment j|. In the exact regime segments hold one key,
@@ -189,13 +206,15 @@ void add_landmark_gradients(const Backward& g, const Head& s, int64_t first, int
     const bool pinned = first + i < s.pinned;
     while (!pinned && s.key_end(j) <= first + i) ++j;
     const int64_t row = pinned ? s.key_rows + first + i : j;
-    if (row != shared) {
+    if (row != shared && g.wanted.key) {
       const A size = A(pinned ? 1 : s.key_end(j) - s.key_begin(j));
       for (int64_t x = 0; x < d; ++x) scratch.share[x] = dkt[row * d + x] / size;
       shared = row;
     }
-    add(scratch.dkey + i * d, scratch.share, d);
-    if (pinned || s.regime == Regime::exact_keys) add(scratch.dvalue + i * e, dw + row * e, e);
+    if (g.wanted.key) add(scratch.dkey + i * d, scratch.share, d);
+    if (g.wanted.value && (pinned || s.regime == Regime::exact_keys)) {
+      add(scratch.dvalue + i * e, dw + row * e, e);
+    }
   }
 }
 

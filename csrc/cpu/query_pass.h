@@ -133,33 +133,44 @@ struct QueryPassBackwardScratch {
   }
 };
 
+// What a block adds to or writes; null: nobody asks for it.
+template <class A>
+struct QueryGradients {
+  Place<A> dquery;
+  A *dw, *dkt, *dmissed;
+};
+
 // One block: dW += P1^T dO, dKt += s dS1^T Q, dQ = s dS1 Kt, with dS1 = P1 * (dP1 - rowsum(P1 * dP1)), dP1 = D * (dO
 // W^T), D: dropout. dQ still lacks the landmarks' share, which `landmarks_backward` adds.
 template <class T>
 void query_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                          const QueryPassBackwardScratch<Acc<T>>& scratch, Place<Acc<T>> dquery, Acc<T>* dw,
-                          Acc<T>* dkt) {
+                          const QueryPassBackwardScratch<Acc<T>>& scratch, const QueryGradients<Acc<T>>& to) {
   using A = Acc<T>;
   const int64_t m = padded(s.key_rows), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
   const Tile<A> dout = query_rows<T>(g.out, s, g.value_dim).read(first, n, scratch.dout);
   A *p = scratch.scores, *ds = scratch.dscores;
   query_pass_probabilities(g, s, n, q, scratch.kt, p);
-  gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, m);
-  if (dropout.on()) drop_rows(dropout, s, first, n, ds, m);
-  softmax_rows_backward(p, ds, n, m, A(g.scale));
-  if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
-  gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, dw, e, A(1), true);
-  gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, dkt, d, A(1), true);
-  gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, dquery.data, dquery.ld);
+  if (g.wanted.scores()) {
+    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, m);
+    if (dropout.on()) drop_rows(dropout, s, first, n, ds, m);
+    softmax_rows_backward(p, ds, n, m, A(g.scale));
+  }
+  if (to.dw) {
+    if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
+    gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, to.dw, e, A(1), true);
+  }
+  if (to.dkt) gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, to.dkt, d, A(1), true);
+  if (to.dquery.data) {
+    gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, to.dquery.data, to.dquery.ld);
+  }
 }
 
 // The same with the columns of the window and the pinned tokens: dS1 sums to dmissed over the landmarks, and LSE1 and
 // delta1 = rowsum(P1 * dP1) are kept for the key pass, which gives each key its gradients as a column of the windows.
 template <class T>
 void window_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
-                           const QueryPassBackwardScratch<Acc<T>>& scratch, Place<Acc<T>> dquery, Acc<T>* dw,
-                           Acc<T>* dkt, Acc<T>* dmissed) {
+                           const QueryPassBackwardScratch<Acc<T>>& scratch, const QueryGradients<Acc<T>>& to) {
   using A = Acc<T>;
   const int64_t m = padded(s.columns()), ld = m + band_width(s.window), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
@@ -169,21 +180,25 @@ void window_block_backward(const Backward& g, const Head& s, const Dropout& drop
   window_scores(g, s, first, n, q, near, scratch.kt, scratch.near, p);
   A *lse = scratch.near.lse, *delta = scratch.near.delta;
   softmax_rows<true>(p, n, ld, ld, lse);
-  gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, ld);
-  window_products(s, n, g.value_dim, dout, near.value, A(1), scratch.near, ds + m, ld, false);
-  if (dropout.on()) drop_window_rows(dropout, s, first, n, ds);
-  softmax_rows_backward<true>(p, ds, n, ld, A(1), delta);
+  if (g.wanted.scores()) {
+    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, ld);
+    window_products(s, n, g.value_dim, dout, near.value, A(1), scratch.near, ds + m, ld, false);
+    if (dropout.on()) drop_window_rows(dropout, s, first, n, ds);
+    softmax_rows_backward<true>(p, ds, n, ld, A(1), delta);
+    sum_landmark_columns(s, first, n, ds, ld, to.dmissed);
+  }
   if (dropout.on()) drop_window_rows(dropout, s, first, n, p);
   keep_row_statistics(g, s, first, n, lse, delta);
-  sum_landmark_columns(s, first, n, ds, ld, dmissed);
 
   const A scale = A(g.scale);
-  gemm<true>(s.columns(), e, n, p, ld, dout.data, dout.ld, dw, e, A(1), true);
-  gemm<true>(s.columns(), d, n, ds, ld, q.data, q.ld, dkt, d, scale, true);
-  gemm<false>(n, d, s.columns(), ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, dquery.data, dquery.ld, scale);
+  gemm<true>(s.columns(), e, n, p, ld, dout.data, dout.ld, to.dw, e, A(1), true);
+  if (to.dkt) gemm<true>(s.columns(), d, n, ds, ld, q.data, q.ld, to.dkt, d, scale, true);
+  const Place<A> dq = to.dquery;
+  if (!dq.data) return;
+  gemm<false>(n, d, s.columns(), ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, dq.data, dq.ld, scale);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     gemm<false>(rows, d, rows + 2 * s.window, ds + row * ld + m, ld, near.key.data + row * near.key.ld, near.key.ld,
-                dquery.data + row * dquery.ld, dquery.ld, scale, true);
+                dq.data + row * dq.ld, dq.ld, scale, true);
   });
 }
 
@@ -207,24 +222,27 @@ void query_pass_backward(const Backward& g, const Partials& partials, int64_t be
       fill(sums, size, A(0));
       return sums;
     };
-    A *dw = place(g.dw, partials.a, rows * e), *dkt = place(g.dkt, partials.b, rows * d);
-    A* dmissed = place(g.dmissed, partials.c, g.extended() ? g.queries.landmarks : 0);
+    const int64_t segments = g.extended() && g.wanted.scores() ? g.queries.landmarks : 0;
+    QueryGradients<A> sums{{},
+                           needs_dw(g, s) ? place(g.dw, partials.a, rows * e) : nullptr,
+                           g.wanted.key ? place(g.dkt, partials.b, rows * d) : nullptr,
+                           place(g.dmissed, partials.c, segments)};
     const int64_t m = padded(s.columns());
     transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, m, A(g.scale));
-    transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
+    if (g.wanted.scores()) transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
     if (s.extended) scratch->near.prepare(s);
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
     for (int64_t i = from; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
-      const Place<A> dq = dquery.place(i, n, scratch->dquery);
+      if (g.wanted.query) sums.dquery = dquery.place(i, n, scratch->dquery);
       if (idle) {
-        for (int64_t r = 0; r < n; ++r) fill(dq.data + r * dq.ld, d, A(0));
+        for (int64_t r = 0; g.wanted.query && r < n; ++r) fill(sums.dquery.data + r * sums.dquery.ld, d, A(0));
       } else if (s.extended) {
-        window_block_backward<T>(g, s, dropout, i, n, *scratch, dq, dw, dkt, dmissed);
+        window_block_backward<T>(g, s, dropout, i, n, *scratch, sums);
       } else {
-        query_block_backward<T>(g, s, dropout, i, n, *scratch, dq, dw, dkt);
+        query_block_backward<T>(g, s, dropout, i, n, *scratch, sums);
       }
-      dquery.write(i, n, dq);
+      if (g.wanted.query) dquery.write(i, n, sums.dquery);
     }
   }
 }
@@ -234,15 +252,15 @@ template <class T>
 void query_pass_backward_merge(const Backward& g, const Partials& partials, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const Slots slots = chunks(g.queries, g);
-  const int64_t rows = g.columns(), segments = g.extended() ? g.queries.landmarks : 0;
+  const int64_t rows = g.columns(), segments = g.extended() && g.wanted.scores() ? g.queries.landmarks : 0;
   for (int64_t n = begin; n < end; ++n) {
     const Head s(g, n);
     const auto merge = [&](void* result, void* later, int64_t c, int64_t size) {
       add(slice<A>(result, n, size), partial<A>(nullptr, later, s, g.heads, c, slots, size), size);
     };
     for (int64_t c = 1; c * slots.size < s.queries; ++c) {
-      merge(g.dw, partials.a, c, rows * g.value_width());
-      merge(g.dkt, partials.b, c, rows * g.head_width());
+      if (needs_dw(g, s)) merge(g.dw, partials.a, c, rows * g.value_width());
+      if (g.wanted.key) merge(g.dkt, partials.b, c, rows * g.head_width());
       merge(g.dmissed, partials.c, c, segments);
     }
   }

@@ -67,6 +67,11 @@ struct Head {
   int64_t unpinned(int64_t rank) const { return rank < pinned ? pinned : rank; }
 };
 
+// Whether dW has a reader: the core, or the values that are landmarks themselves.
+inline bool needs_dw(const Backward& g, const Head& s) {
+  return s.regime == Regime::nystrom || (s.regime == Regime::exact_keys && g.wanted.value);
+}
+
 // The part of one head that an operand holds.
 template <class T>
 Rows<T> query_rows(const Operand& x, const Head& s, int64_t columns) {
@@ -79,10 +84,10 @@ Rows<T> key_rows(const Operand& x, const Head& s, int64_t columns) {
   return {data, x.token, x.feature, columns, s.key_index};
 }
 
-// Problem n's slice of an m-sized buffer.
+// Problem n's slice of an m-sized buffer, null of one that is not there.
 template <class A>
 A* slice(void* buffer, int64_t n, int64_t rows, int64_t width = 1) {
-  return static_cast<A*>(buffer) + n * rows * width;
+  return buffer ? static_cast<A*>(buffer) + n * rows * width : nullptr;
 }
 
 // The chunk that a task of a pass stands for: tasks are numbered (slot, head), so that neighbours, which one thread

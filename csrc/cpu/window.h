@@ -198,9 +198,9 @@ void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Ti
 // What the key pass needs of the block's queries: LSE1, delta1.
 template <class A>
 void keep_row_statistics(const Backward& g, const Head& s, int64_t first, int64_t n, const A* lse, const A* delta) {
-  if (s.window == 0) return;
+  if (s.window == 0 || !g.wanted.tokens()) return;
   std::memcpy(query_slice<A>(g.lse1, g, s) + first, lse, size_t(n) * sizeof(A));
-  std::memcpy(query_slice<A>(g.delta1, g, s) + first, delta, size_t(n) * sizeof(A));
+  if (g.wanted.key) std::memcpy(query_slice<A>(g.delta1, g, s) + first, delta, size_t(n) * sizeof(A));
 }
 
 // dmissed_sigma += the sums over the landmarks of the rows of dS1 in segment sigma.

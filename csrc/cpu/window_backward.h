@@ -16,7 +16,7 @@ void read_row_statistics(const Backward& g, const Head& s, int64_t first, int64_
     const int64_t rank = first - s.window + i;
     const bool exists = rank >= 0 && rank < s.queries && i < n + 2 * s.window;
     scratch.lse[i] = exists ? lse[rank] : A(__builtin_inf());
-    scratch.delta[i] = exists ? delta[rank] : A(0);
+    scratch.delta[i] = exists && g.wanted.key ? delta[rank] : A(0);
   }
 }
 
@@ -43,7 +43,7 @@ void drop_window_columns(const Dropout& dropout, const Head& s, int64_t start, i
   }
 }
 
-// P1 (D * P1 with dropout D) and dS1 of one band of keys.
+// P1 (D * P1 with dropout D) and, for dK, dS1 of one band of keys.
 template <class A>
 void window_band_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t start, int64_t rows,
                           Tile<A> k, Tile<A> v, const A* qt, const A* dot, const A* lse, const A* delta,
@@ -53,16 +53,19 @@ void window_band_backward(const Backward& g, const Head& s, const Dropout& dropo
   A *p = scratch.scores, *ds = scratch.dscores;
   write_key_bias(s, start, rows, scratch);
   gemm<false>(rows, width, g.head_dim, k.data, k.ld, qt, around, p, width, A(g.scale), true);
-  gemm<false>(rows, width, g.value_dim, v.data, v.ld, dot, around, ds, width);
-  if (dropout.on()) drop_window_columns(dropout, s, start, rows, ds);
   for (int64_t t = 0; t < rows; ++t) {
-    for (int64_t c = 0; c < width; c += W) {
-      const Vec<A> e = exp<A>(load(p + t * width + c) - load(lse + c));
-      store(p + t * width + c, e);
-      store(ds + t * width + c, e * (load(ds + t * width + c) - load(delta + c)));
+    for (int64_t c = 0; c < width; c += W) store(p + t * width + c, exp<A>(load(p + t * width + c) - load(lse + c)));
+  }
+  if (g.wanted.key) {
+    gemm<false>(rows, width, g.value_dim, v.data, v.ld, dot, around, ds, width);
+    if (dropout.on()) drop_window_columns(dropout, s, start, rows, ds);
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t c = t * width; c < (t + 1) * width; c += W) {
+        store(ds + c, load(p + c) * (load(ds + c) - load(delta + c - t * width)));
+      }
     }
   }
-  if (dropout.on()) drop_window_columns(dropout, s, start, rows, p);
+  if (dropout.on() && g.wanted.value) drop_window_columns(dropout, s, start, rows, p);
 }
 
 // dV_j += sum_i D P1_ij dO_i and dK_j += s sum_i dS1_ij Q_i over the queries i whose window holds j.
@@ -76,16 +79,20 @@ void window_keys_backward(const Backward& g, const Head& s, int64_t first, int64
   const Tile<A> q = read_around(query_rows<T>(g.query, s, g.head_dim), first, n, w, s.queries, scratch.key);
   const Tile<A> dout = read_around(query_rows<T>(g.out, s, g.value_dim), first, n, w, s.queries, scratch.value);
   transpose(q.data, n + 2 * w, g.head_dim, q.ld, scratch.transposed, around);
-  transpose(dout.data, n + 2 * w, g.value_dim, dout.ld, scratch.transposed_value, around);
+  if (g.wanted.key) transpose(dout.data, n + 2 * w, g.value_dim, dout.ld, scratch.transposed_value, around);
   read_row_statistics(g, s, first, n, scratch);
   for_each_band(w, n, [&](int64_t row, int64_t rows) {
     window_band_backward(g, s, dropout, first + row, rows, Tile<A>{k.data + row * k.ld, k.ld},
                          Tile<A>{v.data + row * v.ld, v.ld}, scratch.transposed + row, scratch.transposed_value + row,
                          scratch.lse + row, scratch.delta + row, scratch);
-    gemm<false>(rows, e, rows + 2 * w, scratch.scores, width, dout.data + row * dout.ld, dout.ld, dvalue + row * e, e,
-                A(1), true);
-    gemm<false>(rows, d, rows + 2 * w, scratch.dscores, width, q.data + row * q.ld, q.ld, dkey + row * d, d, A(g.scale),
-                true);
+    if (g.wanted.value) {
+      gemm<false>(rows, e, rows + 2 * w, scratch.scores, width, dout.data + row * dout.ld, dout.ld, dvalue + row * e, e,
+                  A(1), true);
+    }
+    if (g.wanted.key) {
+      gemm<false>(rows, d, rows + 2 * w, scratch.dscores, width, q.data + row * q.ld, q.ld, dkey + row * d, d,
+                  A(g.scale), true);
+    }
   });
 }
 

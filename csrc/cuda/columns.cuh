@@ -6,7 +6,7 @@
 
 namespace nystrom_ext::cuda {
 
-// LSE, in units of 1 / unit, and rowsum(P * dP) of columns first .. end - 1 of the tile.
+// LSE, in units of 1 / unit, and rowsum(P * dP) of columns first .. end - 1 of the tile; null where nobody asks for dS.
 template <class A>
 struct ColumnStatistics {
   const A *lse, *delta;
@@ -29,7 +29,7 @@ __device__ void differentiate_columns(typename E::Scores& p, typename E::Scores&
   for (int j = 0; j < E::Scores::kColumns; ++j) {
     const int column = of.first + E::column(j);
     const bool valid = column < of.end;
-    const A top = valid ? of.lse[column] * of.unit : A(kInfinity), mean = valid ? of.delta[column] : A(0);
+    const A top = valid ? of.lse[column] * of.unit : A(kInfinity), mean = valid && of.delta ? of.delta[column] : A(0);
 #pragma unroll
     for (int i = 0; i < E::kRowsPerThread; ++i) {
       p.at(i, j) = live(i, j) ? probability<E>(p.at(i, j) * scale, top) : A(0);

@@ -159,16 +159,17 @@ __device__ void convolve(TensorEngine<T, D, C, O>, typename TensorEngine<T, D, C
   }
 }
 
-// dV and dw of one tile: y holds the tile's rows of V.
+// dV and dw of one tile, those that are wanted: y holds the tile's rows of V.
 template <class T, int D, int C, int O, class Tile>
-__device__ void convolve_backward(TensorEngine<T, D, C, O>, typename TensorEngine<T, D, C, O>::Output& out,
-                                  const Tile& y, const Convolution<T>& c, const Side& side, int first, int count,
-                                  int out0, float* taps, char* scratch) {
+__device__ void convolve_backward(TensorEngine<T, D, C, O>, const Wanted& wanted,
+                                  typename TensorEngine<T, D, C, O>::Output& out, const Tile& y,
+                                  const Convolution<T>& c, const Side& side, int first, int count, int out0,
+                                  float* taps, char* scratch) {
   const BandProduct<TensorEngine<T, D, C, O>> band(c, side, first, count, scratch);
   for (int k = band.from; k < band.to; k += 16) {
     band.read(k, out0);
-    band.convolve(out, k);
-    band.correlate(y, k, out0, taps);
+    if (wanted.value) band.convolve(out, k);
+    if (wanted.conv) band.correlate(y, k, out0, taps);
   }
 }
 
@@ -190,12 +191,12 @@ __device__ void convolve(ScalarEngine<T, O>, typename ScalarEngine<T, O>::Output
 }
 
 template <class T, int O, class Tile>
-__device__ void convolve_backward(ScalarEngine<T, O> engine, typename ScalarEngine<T, O>::Output& out, const Tile& y,
-                                  const Convolution<T>& c, const Side& side, int first, int count, int out0,
-                                  AccOf<T>* taps, char* scratch) {
+__device__ void convolve_backward(ScalarEngine<T, O> engine, const Wanted& wanted,
+                                  typename ScalarEngine<T, O>::Output& out, const Tile& y, const Convolution<T>& c,
+                                  const Side& side, int first, int count, int out0, AccOf<T>* taps, char* scratch) {
   using E = ScalarEngine<T, O>;
-  convolve(engine, out, c, side, first, count, out0, scratch);
-  for (int t = threadIdx.x / 32; t < c.taps; t += E::kThreads / 32) {  // a warp per tap
+  if (wanted.value) convolve(engine, out, c, side, first, count, out0, scratch);
+  for (int t = threadIdx.x / 32; wanted.conv && t < c.taps; t += E::kThreads / 32) {  // a warp per tap
     AccOf<T> sum = 0;
     for (int r = 0; r < count; ++r) {
       const int i = side.position(first + r) + c.taps / 2 - t;

@@ -101,8 +101,10 @@ struct CoreReverse : Core<A> {
   __device__ void scores_backward(bool add_dqt) {
     const int d = int(g.head_width());
     const View<A> to_q = dqt(), to_k = dkt();
-    product(m, d, m, da, this->kt(), [&](int i, int j, A s) { to_q.at(i, j) = add_dqt ? to_q.at(i, j) + s : s; });
-    product(m, d, m, transposed(da), this->qt(), [&](int i, int j, A s) { to_k.at(i, j) += s; });
+    if (g.wanted.query) {
+      product(m, d, m, da, this->kt(), [&](int i, int j, A s) { to_q.at(i, j) = add_dqt ? to_q.at(i, j) + s : s; });
+    }
+    if (g.wanted.key) product(m, d, m, transposed(da), this->qt(), [&](int i, int j, A s) { to_k.at(i, j) += s; });
   }
 
   // Through A = softmax(s Qt Kt^T): da becomes s dS2.
@@ -155,6 +157,17 @@ struct CoreReverse : Core<A> {
   }
 };
 
+// dU = Z^T dW: all that dV asks of the core.
+template <class A>
+__device__ void core_values(const CoreBackwardParameters& g, int64_t n) {
+  iterate_core<A>(g, g.core, n);
+  __syncthreads();
+  const Core<A> core(g, g.core, n);
+  const int e = int(g.value_width());
+  const View<A> dw = core.buffer(g.dw, g.columns(), e), du = core.buffer(g.du, g.queries.landmarks, e);
+  product(core.m, e, core.m, transposed(core.z(0)), dw, [&](int i, int j, A s) { du.at(i, j) = s; });
+}
+
 // dU = dO: every query is its own landmark.
 template <class T>
 __device__ void copy_gradient(const Backward& g, const Head& s) {
@@ -165,7 +178,7 @@ __device__ void copy_gradient(const Backward& g, const Head& s) {
   A* dqt = slice<A>(g.dqt, s.n, g.queries.landmarks, d);
   elements(s.queries.rows, e,
            [&](int i, int j) { du[i * e + j] = j < dout.columns ? to_acc(dout.row(i)[j * dout.feature]) : A(0); });
-  elements(s.queries.rows, d, [&](int i, int j) { dqt[i * d + j] = 0; });
+  if (g.wanted.query) elements(s.queries.rows, d, [&](int i, int j) { dqt[i * d + j] = 0; });
 }
 
 template <class T>
@@ -173,16 +186,17 @@ __global__ void core_backward(const __grid_constant__ CoreBackwardParameters g) 
   using A = AccOf<T>;
   const Head s(g, blockIdx.x);
   if (s.has_query_pass()) {
-    merge_chunks(static_cast<A*>(g.dw), g.dw_part, g, s, g.value_width());
-    merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, g, s, g.head_width());
-    if (s.extended) merge_missed<A>(g, s);
+    if (needs_dw(g, s)) merge_chunks(static_cast<A*>(g.dw), g.dw_part, g, s, g.value_width());
+    if (g.wanted.key) merge_chunks(static_cast<A*>(g.dkt), g.dkt_part, g, s, g.head_width());
+    if (s.extended && g.wanted.scores()) merge_missed<A>(g, s);
     __syncthreads();
   }
   A dc = 0;
-  if (s.regime == Regime::nystrom) dc = CoreReverse<A>(g, g.core, s.n).run();
+  if (s.regime == Regime::nystrom && g.wanted.scores()) dc = CoreReverse<A>(g, g.core, s.n).run();
+  if (s.regime == Regime::nystrom && !g.wanted.scores()) core_values<A>(g, s.n);
   if (s.regime == Regime::exact_queries) copy_gradient<T>(g, s);
   if (g.dc && threadIdx.x == 0) static_cast<A*>(g.dc)[s.n] = dc;
-  if (!s.has_key_pass()) return;
+  if (!s.has_key_pass() || !g.wanted.scores()) return;
 
   __syncthreads();
   const int e = int(g.value_width());

@@ -1,5 +1,6 @@
 // Stage `key_pass`, backward (mathematics.md, section 3), two sweeps in one launch: blocks by keys give dK and dV,
-// which are final, and dconv; blocks by landmarks give dQt = s dS3 K over one chunk of keys.
+// which are final, and dconv; blocks by landmarks give dQt = s dS3 K over one chunk of keys. Each as far as it is
+// wanted.
 #pragma once
 
 #include "columns.cuh"
@@ -37,12 +38,13 @@ struct KeySweep {
                       typename E::Output& dv) const {
     const Dropout dropout{g, s.n};
     const A* lse = slice<A>(g.lse, s.n, g.queries.landmarks);
-    const A* delta = slice<A>(g.delta, s.n, g.queries.landmarks);
+    const A* delta = g.wanted.key ? slice<A>(g.delta, s.n, g.queries.landmarks) : nullptr;
     const A scale = A(g.scale * kLog2e);
     for (int c = 0; c < columns.tiles(); ++c) {
       columns.load(c);
       typename E::Scores p = E::scores(keys.tile(0, first), columns.first(c), scratch);
-      typename E::Scores ds = E::scores(keys.tile(1, first), columns.second(c), scratch);
+      typename E::Scores ds;
+      if (g.wanted.key) ds = E::scores(keys.tile(1, first), columns.second(c), scratch);
       const ColumnStatistics<A> statistics{lse, delta, c * E::kCols, s.queries.rows, A(kLog2e)};
       const auto kept = [&] {
         return dropout.kept<E>([&](int i, int j, int& row, int& column) {
@@ -51,8 +53,8 @@ struct KeySweep {
       };
       const auto live = [&](int i, int) { return !E::kWindow || first + E::row(i) >= s.pinned; };  // others: not in P3
       differentiate_columns<E>(p, ds, statistics, scale, dropout, KeyPass<E>::drops(dropout, s), kept, live);
-      E::template accumulate<2>(dv, p, columns.second(c), out0, scratch);
-      E::accumulate(dk, ds, columns.first(c), out0, scratch);
+      if (g.wanted.value) E::template accumulate<2>(dv, p, columns.second(c), out0, scratch);
+      if (g.wanted.key) E::accumulate(dk, ds, columns.first(c), out0, scratch);
     }
   }
 
@@ -60,7 +62,8 @@ struct KeySweep {
   __device__ void add_window(const Head& s, int first, char* memory, typename E::Output& dk,
                              typename E::Output& dv) const {
     const Dropout dropout{g, s.n};
-    const A *lse = query_slice<A>(g.lse1, g, s), *delta = query_slice<A>(g.delta1, g, s);
+    const A* lse = query_slice<A>(g.lse1, g, s);
+    const A* delta = g.wanted.key ? query_slice<A>(g.delta1, g, s) : nullptr;
     const A scale = A(g.scale * kLog2e);
     const auto queries =
         around<E>(query_rows<const T>(g.query, s, g.head_dim), query_rows<const T>(g.out, s, g.value_dim), s, first,
@@ -70,7 +73,8 @@ struct KeySweep {
     for (int tile = queries.begin; tile < queries.end; tile += E::kCols) {
       queries.next(tile);
       typename E::Scores p = E::scores(keys.tile(0, first), queries.tile(0, tile), scratch);
-      typename E::Scores ds = E::scores(keys.tile(1, first), queries.tile(1, tile), scratch);
+      typename E::Scores ds;
+      if (g.wanted.key) ds = E::scores(keys.tile(1, first), queries.tile(1, tile), scratch);
       const auto kept = [&] {
         return kept_in_window<E>(dropout, s, [&](int r, int c, int& i, int& j) {
           i = tile + E::column(c);
@@ -81,8 +85,8 @@ struct KeySweep {
       const auto live = [&](int i, int j) { return in_window(s, tile + E::column(j), first + E::row(i)); };
       const ColumnStatistics<A> statistics{lse, delta, tile, queries.end, A(1)};
       differentiate_columns<E>(p, ds, statistics, scale, dropout, dropout.on(), kept, live);
-      E::template accumulate<2>(dv, p, queries.tile(1, tile), out0, scratch);
-      E::accumulate(dk, ds, queries.tile(0, tile), out0, scratch);
+      if (g.wanted.value) E::template accumulate<2>(dv, p, queries.tile(1, tile), out0, scratch);
+      if (g.wanted.key) E::accumulate(dk, ds, queries.tile(0, tile), out0, scratch);
       queries.done();
     }
   }
@@ -102,8 +106,8 @@ struct KeySweep {
 #pragma unroll
       for (int j = 0; j < E::Output::kColumns; ++j) {
         const int column = out0 + E::column(j);
-        if (column < d) dk.at(i, j) += share * dkt[row * d + column];
-        if (own && column < e) dv.at(i, j) += dw[row * e + column];
+        if (g.wanted.key && column < d) dk.at(i, j) += share * dkt[row * d + column];
+        if (g.wanted.value && own && column < e) dv.at(i, j) += dw[row * e + column];
       }
     }
   }
@@ -130,7 +134,8 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
   char* tiles = scratch + Sweep::shared(g);
   const int own_taps = tap_rows(E{}) * int(g.taps);
   A* taps = reinterpret_cast<A*>(tiles + 2 * g.column_slots * ColumnTiles<E>::kTile);
-  for (int i = threadIdx.x; i < group * own_taps; i += E::kThreads) taps[i] = 0;
+  const Wanted wanted = g.wanted;
+  for (int i = threadIdx.x; wanted.conv && i < group * own_taps; i += E::kThreads) taps[i] = 0;
   char* near = reinterpret_cast<char*>(taps) + round_up(Sweep::tap_bytes(g), 16);
 
   const int rows = int(g.queries.landmarks), d = int(g.head_width()), e = int(g.value_width());
@@ -140,7 +145,7 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
     const int count = min(end - first, E::kRows);
     keys.next(first);
     typename E::Output dk, dv;
-    for (int h = 0; h < group; ++h) {
+    for (int h = 0; wanted.tokens() && h < group; ++h) {
       const Head s(g, shared.n + h);
       if (!s.has_key_pass()) continue;
       ColumnTiles<E> columns{{slice<A>(g.qt, s.n, rows, d), int(d), s.queries.rows},
@@ -153,20 +158,20 @@ __device__ void key_pass_backward_by_keys(const KeyPassBackwardParameters& g) {
       if (E::kWindow && s.window > 0) sweep.add_window(s, first, near, dk, dv);
     }
     for_each(dk, E::kRowsPerThread, [&](int, int, A& x) { x *= A(g.scale); });
-    for (int h = 0; h < group; ++h) {
+    for (int h = 0; wanted.tokens() && h < group; ++h) {
       const Head s(g, shared.n + h);
       if (s.has_query_pass()) sweep.add_landmarks(s, first, dk, dv);
     }
-    E::store(dk, key_rows<T>(g.dkey, shared, g.head_dim), first, count, sweep.out0);
-    for (int h = 0; h < group && g.taps; ++h) {
-      convolve_backward(E{}, dv, keys.tile(1, first), gradient_convolution<T>(g, shared, shared.h + h), shared.keys,
-                        first, count, sweep.out0, taps + h * own_taps, scratch);
+    if (wanted.key) E::store(dk, key_rows<T>(g.dkey, shared, g.head_dim), first, count, sweep.out0);
+    for (int h = 0; h < group && g.taps && (wanted.value || wanted.conv); ++h) {
+      convolve_backward(E{}, wanted, dv, keys.tile(1, first), gradient_convolution<T>(g, shared, shared.h + h),
+                        shared.keys, first, count, sweep.out0, taps + h * own_taps, scratch);
     }
-    E::store(dv, key_rows<T>(g.dvalue, shared, g.value_dim), first, count, sweep.out0);
+    if (wanted.value) E::store(dv, key_rows<T>(g.dvalue, shared, g.value_dim), first, count, sweep.out0);
     __syncthreads();  // the tile may be refilled; the taps are complete
   }
 
-  for (int i = threadIdx.x; i < group * int(g.taps); i += E::kThreads) {
+  for (int i = threadIdx.x; wanted.conv && i < group * int(g.taps); i += E::kThreads) {
     const int h = i / int(g.taps), t = i % int(g.taps);
     A sum = 0;
     for (int r = 0; r < tap_rows(E{}); ++r) sum += taps[h * own_taps + r * g.taps + t];

@@ -153,14 +153,14 @@ __device__ void merge_taps(const LandmarksBackwardParameters& g, int64_t h) {
 }
 
 // Adds each query landmark's gradient to the queries it is the mean of: dQ_i += dQt_j / |segment j|, with dQt_j the
-// core's share and the chunks of the key pass in order. Grid: (problem, query segment), then a block per head for
-// dconv.
+// core's share and the chunks of the key pass in order. Grid: (problem, query segment) for dQ, then a block per head
+// for dconv.
 template <class T>
 __global__ void __launch_bounds__(kMeanThreads)
     landmarks_backward(const __grid_constant__ LandmarksBackwardParameters g) {
   using A = AccOf<T>;
   const int segments = int(g.queries.landmarks), width = int(g.head_width()), block = int(blockIdx.x);
-  const int all = int(g.problems()) * segments;
+  const int all = g.wanted.query ? int(g.problems()) * segments : 0;
   if (block >= all) return merge_taps<A>(g, block - all);
   const Head s(g, block / segments);
   const int j = block % segments;

@@ -45,9 +45,9 @@ class Launcher {
   static void backward(Backward g, const Device& device) {
     const Launcher launcher(device);
     launcher.plan(g);
-    g.lse1 = launcher.allocate<A>(g.heads * g.queries.all(g.batch));
-    g.delta1 = launcher.allocate<A>(g.heads * g.queries.all(g.batch));
-    launcher.query_pass_backward(g);
+    g.lse1 = launcher.allocate<A>(g.wanted.attention() ? queries(g) : 0);
+    g.delta1 = launcher.allocate<A>(g.wanted.scores() ? queries(g) : 0);
+    if (g.wanted.attention()) launcher.query_pass_backward(g);
     launcher.key_pass_backward(g);
   }
 
@@ -72,6 +72,7 @@ class Launcher {
   static int64_t output_tiles(const Problem& p) {  // of the sweeps with two outputs
     return divide_up(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, N::kOut);
   }
+  static int64_t queries(const Problem& p) { return p.heads * p.queries.all(p.batch); }
   static int64_t row_tiles(int64_t rows) { return divide_up(rows, E::kRows); }
 
   // Column tiles that stay in shared memory: all, if there is room beside `other` bytes.
@@ -145,10 +146,10 @@ class Launcher {
     const int slots = column_slots<Q>(g.columns(), own);
     const int64_t parts = g.heads * chunks(g, g.queries).all(), partials = parts * g.columns();
     const QueryPassBackwardParameters p{g, slots, allocate<A>(partials * g.value_width()),
-                                        allocate<A>(partials * g.head_width()),
-                                        allocate<A>(g.extended() ? g.heads * g.queries.all(g.batch) : 0)};
-    run(device_, query_pass_backward_by_queries<Q>, g.heads * row_chunks(g, g.queries).all(), output_tiles(g.head_dim),
-        E::kThreads, own + column_bytes<Q>(slots), p);
+                                        allocate<A>(g.wanted.key ? partials * g.head_width() : 0),
+                                        allocate<A>(g.extended() && g.wanted.scores() ? queries(g) : 0)};
+    run(device_, query_pass_backward_by_queries<Q>, g.heads * row_chunks(g, g.queries).all(),
+        g.wanted.query ? output_tiles(g.head_dim) : 1, E::kThreads, own + column_bytes<Q>(slots), p);
     run(device_, query_pass_backward_by_landmarks<N>, parts * row_tiles(g.columns()), output_tiles(g), E::kThreads,
         landmark_sweep_shared(g), p);
     core_backward(p);
@@ -156,27 +157,26 @@ class Launcher {
 
   void core_backward(const QueryPassBackwardParameters& sums) const {
     const Backward& g = sums;
-    const int count = CoreReverse<A>::kMatrices;
-    CoreBackwardParameters p{g,
-                             core_memory(g, int(g.iterations) + 1, count, device_.shared_memory),
-                             sums.dw_part,
-                             sums.dkt_part,
-                             sums.dmissed_rows,
-                             nullptr};
+    const bool reverse = g.wanted.scores();
+    const int kept = reverse ? int(g.iterations) + 1 : 1, count = reverse ? CoreReverse<A>::kMatrices : 5;
+    CoreBackwardParameters p{
+        g, core_memory(g, kept, count, device_.shared_memory), sums.dw_part, sums.dkt_part, sums.dmissed_rows, nullptr};
     coefficients(g, p.core);
     if (g.global_coefficient) p.dc = allocate<A>(g.problems());
     const int64_t shared = Core<A>::shared_bytes(g, p.core.fit);
     Stages<T>::core_backward(device_, p, shared);
-    if (g.global_coefficient) Stages<T>::coefficient_backward(device_, p, shared);
+    if (g.global_coefficient && reverse) Stages<T>::coefficient_backward(device_, p, shared);
   }
 
   void key_pass_backward(const Backward& g) const {
     const int own = key_sweep_shared(g);
     const int slots = column_slots<K>(g.queries.landmarks, own);
-    const int64_t parts = g.heads * chunks(g, g.keys).all(), key_parts = row_chunks(g, g.keys).all();
-    const int64_t key_blocks = g.kv_heads * key_parts, tiles = output_tiles(g);
+    const Wanted& wanted = g.wanted;
+    const int64_t tiles = output_tiles(g), parts = wanted.query ? g.heads * chunks(g, g.keys).all() : 0;
+    const int64_t key_parts = wanted.tokens() || wanted.conv ? row_chunks(g, g.keys).all() : 0;
+    const int64_t key_blocks = g.kv_heads * key_parts;
     const KeyPassBackwardParameters p{g, slots, key_blocks, allocate<A>(parts * g.queries.landmarks * g.head_width()),
-                                      allocate<A>(g.heads * key_parts * tiles * g.taps)};
+                                      allocate<A>(wanted.conv ? g.heads * key_parts * tiles * g.taps : 0)};
     const int64_t by_keys = own + column_bytes<K>(slots), by_landmarks = kByLandmarksShared<N>;
     run(device_, cuda::key_pass_backward<K, N>, key_blocks + parts * row_tiles(g.queries.landmarks), tiles, E::kThreads,
         by_keys > by_landmarks ? by_keys : by_landmarks, p);

@@ -2,6 +2,7 @@
 //
 // By queries: dQ = s dS1 Kt, the direct share, and each query's LSE1 and delta1 = rowsum(P1 * dP1).
 // By landmarks, with those: dW = (D * P1)^T dO and dKt = s dS1^T Q over one chunk of queries. D: dropout.
+// With dV alone the first leaves LSE1 and the second dW.
 #pragma once
 
 #include "columns.cuh"
@@ -30,12 +31,13 @@ struct QueryPassBackward {
   const Dropout dropout;
   char* scratch;
 
-  // Logits and D * dP1 = D * (dO W^T).
+  // Logits and D * dP1 = D * (dO W^T), or zeros where nobody asks for dS1.
   __device__ void compute(ColumnTiles<E>& columns, int first, int j, typename E::Scores& logits,
                           typename E::Scores& dp) const {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
     if (E::kWindow && s.extended) window.add_bias(logits, first, queries.end, j * E::kCols);
+    if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
   }
@@ -44,6 +46,7 @@ struct QueryPassBackward {
   __device__ void compute_window(const typename Window<E>::Stream& keys, int first, int tile,
                                  typename E::Scores& logits, typename E::Scores& dp) const {
     logits = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
+    if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), keys.tile(1, tile), scratch);
     if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), dp);
   }
@@ -83,7 +86,7 @@ struct QueryPassBackward {
       const int row = first + E::row(i);
       if (row >= queries.end || E::column(0) != 0 || blockIdx.y != 0) continue;
       query_slice<A>(g.lse1, g, s)[row] = lse[i];
-      query_slice<A>(g.delta1, g, s)[row] = delta[i];
+      if (g.wanted.scores()) query_slice<A>(g.delta1, g, s)[row] = delta[i];
     }
   }
 
@@ -112,7 +115,7 @@ struct QueryPassBackward {
     }
   }
 
-  // s dS1 Kt of the row tile at `first`.
+  // s dS1 Kt of the row tile at `first`; zeros, and dmissed's share alone, where nobody asks for dQ.
   __device__ typename E::Output dquery(ColumnTiles<E>& columns, int first, int out0) const {
     typename E::Scores logits, dp;
     A lse[E::kRowsPerThread], delta[E::kRowsPerThread], excess[E::kRowsPerThread] = {};
@@ -120,21 +123,22 @@ struct QueryPassBackward {
     queries.next(first);
     statistics(columns, first, logits, dp, lse, delta);
     typename E::Output dq;
-    for (int j = 0; j < columns.tiles(); ++j) {
+    const bool misses = E::kWindow && s.extended && g.wanted.scores();
+    for (int j = 0; (g.wanted.query || misses) && j < columns.tiles(); ++j) {
       if (columns.tiles() > 1 || (E::kWindow && s.window > 0)) compute(columns, first, j, logits, dp);
       differentiate(logits, dp, lse, delta, excess);
-      if (E::kWindow && s.extended) sum_landmarks(dp, j, missed);
-      E::accumulate(dq, dp, columns.first(j), out0, scratch);
+      if (misses) sum_landmarks(dp, j, missed);
+      if (g.wanted.query) E::accumulate(dq, dp, columns.first(j), out0, scratch);
     }
-    if (E::kWindow && s.extended) store_missed(first, missed);
-    if (E::kWindow && s.window > 0) {
+    if (misses) store_missed(first, missed);
+    if (E::kWindow && s.window > 0 && g.wanted.query) {
       window.for_each_tile(first, queries.end, [&](const typename Window<E>::Stream& keys, int tile) {
         compute_window(keys, first, tile, logits, dp);
         differentiate(logits, dp, lse, delta, excess);
         E::accumulate(dq, dp, keys.tile(0, tile), out0, scratch);
       });
     }
-    center(dq, columns.a, first, out0, excess);
+    if (g.wanted.query) center(dq, columns.a, first, out0, excess);
     Queries::done();
     return dq;
   }
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   const Head s(g, task.problem(g.heads));
   const int begin = task.chunk * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
   const int out0 = int(blockIdx.y) * E::kOut;
-  if (begin >= end) return;
+  if (begin >= end || !(g.wanted.query || s.has_query_pass())) return;
 
   char* scratch = dynamic_shared_memory();
   const typename Pass::Queries queries{
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   for (int first = begin; first < end; first += E::kRows) {
     typename E::Output dq;
     if (s.has_query_pass()) dq = pass.dquery(columns, first, out0);
-    E::store(dq, query_rows<T>(g.dquery, s, g.head_dim), first, min(end - first, E::kRows), out0);
+    if (g.wanted.query) E::store(dq, query_rows<T>(g.dquery, s, g.head_dim), first, min(end - first, E::kRows), out0);
   }
 }
 
@@ -212,7 +216,8 @@ struct LandmarkSweep {
         j = row0 + row;
       });
     }
-    const A *lse = query_slice<A>(g.lse1, g, s), *delta = query_slice<A>(g.delta1, g, s);
+    const A* lse = query_slice<A>(g.lse1, g, s);
+    const A* delta = g.wanted.key ? query_slice<A>(g.delta1, g, s) : nullptr;
     const auto kept = [&] {
       return dropout.kept<E>([&](int i, int j, int& row, int& column) {
         if (first + E::column(j) >= end) return false;
@@ -245,7 +250,8 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
       chunk * kChunk,
       min(chunk * kChunk + kChunk, s.queries.count),
       tiles + 2 * Sweep::kRowTile};
-  if (!s.has_query_pass() || row0 >= s.columns() || queries.begin >= queries.end) return;
+  const bool dw_read = needs_dw(g, s), dkt_read = g.wanted.key;
+  if (!s.has_query_pass() || row0 >= s.columns() || queries.begin >= queries.end || !(dw_read || dkt_read)) return;
 
   const A *kt = slice<A>(g.kt, s.n, rows, d), *w = slice<A>(g.w, s.n, rows, e);
   E::template load<E::kRows>(tiles, kt, int(d), row0, s.columns());
@@ -259,11 +265,12 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   for (int first = queries.begin; first < queries.end; first += E::kCols) {
     queries.next(first);
     typename E::Scores p = E::scores(a, queries.tile(0, first), scratch);
-    typename E::Scores ds = E::scores(b, queries.tile(1, first), scratch);
+    typename E::Scores ds;
+    if (dkt_read) ds = E::scores(b, queries.tile(1, first), scratch);
     Sweep::probabilities(g, s, dropout, row0, first, queries.end, p, ds,
                          tiles + 2 * Sweep::kRowTile + Sweep::Queries::kBytes);
-    E::template accumulate<2>(dw, p, queries.tile(1, first), out0, scratch);
-    E::accumulate(dkt, ds, queries.tile(0, first), out0, scratch);
+    if (dw_read) E::template accumulate<2>(dw, p, queries.tile(1, first), out0, scratch);
+    if (dkt_read) E::accumulate(dkt, ds, queries.tile(0, first), out0, scratch);
     Sweep::Queries::done();
   }
 
@@ -272,8 +279,8 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   for_each(dw, E::kRowsPerThread, [&](int i, int j, A& x) {
     const int row = row0 + E::row(i), column = out0 + E::column(j);
     if (row >= s.columns()) return;
-    if (column < e) to_w[row * e + column] = x;
-    if (column < d) to_kt[row * d + column] = A(g.scale) * dkt.at(i, j);
+    if (dw_read && column < e) to_w[row * e + column] = x;
+    if (dkt_read && column < d) to_kt[row * d + column] = A(g.scale) * dkt.at(i, j);
   });
 }
 

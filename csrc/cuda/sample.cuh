@@ -85,6 +85,11 @@ struct Head {
   __device__ int key_end(int j) const { return j < keys.rows ? max(keys.begin(j + 1), pinned) : j - keys.rows + 1; }
 };
 
+// Whether dW has a reader: the core, or the values that are landmarks themselves.
+inline __device__ bool needs_dw(const Backward& g, const Head& s) {
+  return s.regime == Regime::nystrom || (s.regime == Regime::exact_keys && g.wanted.value);
+}
+
 // The part of an operand that one head reads or writes, by rank.
 template <class T>
 struct Rows {

@@ -45,8 +45,10 @@ void Stages<T>::coefficient_backward(const Device& device, const CoreBackwardPar
 
 template <class T>
 void Stages<T>::landmarks_backward(const Device& device, const LandmarksBackwardParameters& p) {
-  const int64_t blocks = p.problems() * p.queries.landmarks + (p.taps ? p.heads : 0);
-  run(device, cuda::landmarks_backward<T>, blocks, 1, kMeanThreads, p.head_width() * sizeof(AccOf<T>), p);
+  const int64_t blocks =
+      (p.wanted.query ? p.problems() * p.queries.landmarks : 0) + (p.wanted.conv && p.taps ? p.heads : 0);
+  if (blocks > 0)
+    run(device, cuda::landmarks_backward<T>, blocks, 1, kMeanThreads, p.head_width() * sizeof(AccOf<T>), p);
 }
 
 }  // namespace nystrom_ext::cuda

@@ -133,7 +133,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
                         c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& qt, const at::Tensor& kt,
                         const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w, const at::Tensor& missed,
                         int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                        bool global_coefficient, int64_t window, int64_t pinned) {
+                        bool global_coefficient, int64_t window, int64_t pinned, GradientMask output_mask) {
   Arguments a{query,
               key,
               value,
@@ -162,16 +162,23 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   const at::Tensor dout = arranged(backend, grad);
   set(g, dout, saved);
 
-  const at::Tensor dquery = allocate_like_heads(query, g.head_dim, query_padding_mask.has_value());
-  const at::Tensor dkey = allocate_like_heads(key, g.head_dim, key_padding_mask.has_value());
-  const at::Tensor dvalue = allocate_like_heads(value, g.value_dim, key_padding_mask.has_value());
+  const Wanted& wanted = g.wanted = {output_mask[0], output_mask[1], output_mask[2], output_mask[3] && g.taps > 0};
   const auto options = accumulation(query);
-  const at::Tensor dconv = at::zeros({conv_weight ? g.heads : 0, g.taps}, options);
-  const at::Tensor dqt = at::empty_like(qt), dkt = at::empty_like(kt), du = at::empty_like(u), dw = at::empty_like(w);
-  const at::Tensor delta = at::empty_like(lse), dmissed = at::empty_like(missed);
-  g.dquery = operand(dquery);
-  g.dkey = operand(dkey);
-  g.dvalue = operand(dvalue);
+  const at::Tensor none = at::empty({0}, options);
+  const auto like = [&](const at::Tensor& x, bool needed) { return needed ? at::empty_like(x) : none; };
+  const auto like_heads = [&](const at::Tensor& x, int64_t width, bool zero, bool needed) {
+    return needed ? allocate_like_heads(x, width, zero) : at::empty({0}, x.options());
+  };
+  const at::Tensor dquery = like_heads(query, g.head_dim, query_padding_mask.has_value(), wanted.query);
+  const at::Tensor dkey = like_heads(key, g.head_dim, key_padding_mask.has_value(), wanted.key);
+  const at::Tensor dvalue = like_heads(value, g.value_dim, key_padding_mask.has_value(), wanted.value);
+  const at::Tensor dconv = wanted.conv ? at::zeros({g.heads, g.taps}, options) : none;
+  const at::Tensor dqt = like(qt, wanted.query), dkt = like(kt, wanted.key);
+  const at::Tensor du = like(u, wanted.attention()), dw = like(w, wanted.attention());
+  const at::Tensor delta = like(lse, wanted.scores()), dmissed = like(missed, wanted.scores());
+  if (wanted.query) g.dquery = operand(dquery);
+  if (wanted.key) g.dkey = operand(dkey);
+  if (wanted.value) g.dvalue = operand(dvalue);
   g.dconv = dconv.data_ptr();
   g.dqt = dqt.data_ptr();
   g.dkt = dkt.data_ptr();
@@ -179,7 +186,7 @@ BackwardResult backward(const at::Tensor& grad, const at::Tensor& query, const a
   g.dw = dw.data_ptr();
   g.delta = delta.data_ptr();
   g.dmissed = dmissed.data_ptr();
-  backend.backward(g);
+  if (wanted.attention() || wanted.conv) backend.backward(g);
   return {dquery, dkey, dvalue, dconv.to(query.scalar_type())};
 }
 
@@ -261,11 +268,12 @@ ForwardResult call_forward(const Arguments& a) {
                  a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
 }
 
-BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s) {
+BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s, GradientMask output_mask) {
   static const auto op = find<BackwardOp>("nystrom_ext::_attention_backward");
   return op.call(grad, a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
                  a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, s.qt, s.kt, s.u, s.lse, s.w, s.missed,
-                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
+                 a.num_landmarks, a.pinv_iterations, a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned,
+                 output_mask);
 }
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

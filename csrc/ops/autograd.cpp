@@ -27,7 +27,7 @@ struct AttentionBackward : Function<AttentionBackward> {
                                const c10::SymInt& max_seqlen_k, const Variable& qt, const Variable& kt,
                                const Variable& u, const Variable& lse, const Variable& w, const Variable& missed,
                                int64_t num_landmarks, int64_t pinv_iterations, double scale, double dropout_p,
-                               bool global_coefficient, int64_t window, int64_t pinned) {
+                               bool global_coefficient, int64_t window, int64_t pinned, GradientMask output_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Arguments a{query,
                       key,
@@ -47,7 +47,7 @@ struct AttentionBackward : Function<AttentionBackward> {
                       global_coefficient,
                       window,
                       pinned};
-    auto [dquery, dkey, dvalue, dconv] = call_backward(grad, a, {qt, kt, u, lse, w, missed});
+    auto [dquery, dkey, dvalue, dconv] = call_backward(grad, a, {qt, kt, u, lse, w, missed}, output_mask);
     return {dquery, dkey, dvalue, dconv};
   }
 
@@ -94,15 +94,19 @@ struct Attention : Function<Attention> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     auto& options = ctx->saved_data;
+    const size_t conv_weight = 3 + s[3].defined() + s[4].defined();  // among the tensors that forward was given
+    const GradientMask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                               s[5].defined() && ctx->needs_input_grad(conv_weight)};
     const auto d = AttentionBackward::apply(
         grads[0], s[0], s[1], s[2], optional(s[3]), optional(s[4]), optional(s[5]), optional(s[6]), optional(s[7]),
         optional(s[8]), options["max_seqlen_q"].toSymInt(), options["max_seqlen_k"].toSymInt(), s[9], s[10], s[11],
         s[12], s[13], s[14], options["num_landmarks"].toInt(), options["pinv_iterations"].toInt(),
         options["scale"].toDouble(), options["dropout_p"].toDouble(), options["global_coefficient"].toBool(),
-        options["window"].toInt(), options["pinned"].toInt());
-    const Variable none, dconv = s[5].defined() ? d[3] : none;
-    return {d[0], d[1], d[2], none, none, dconv, none, none, none,
-            none, none, none, none, none, none,  none, none, none};
+        options["window"].toInt(), options["pinned"].toInt(), mask);
+    const auto gradient = [&](size_t i) { return mask[i] ? d[i] : Variable(); };
+    const Variable none;
+    return {gradient(0), gradient(1), gradient(2), none, none, gradient(3), none, none, none,
+            none,        none,        none,        none, none, none,        none, none, none};
   }
 };
 

@@ -123,8 +123,9 @@ void query_pass(const Forward& f) {
 void query_pass_backward(const Backward& g) {
   const auto slots = cpu::chunks(g.queries, g);
   const int64_t tasks = g.heads * slots.all(), parts = later(g, slots), rows = g.columns();
-  const at::Tensor dw = buffer(g, parts * rows * g.value_width()), dkt = buffer(g, parts * rows * g.head_width());
-  const at::Tensor dmissed = buffer(g, g.extended() ? parts * g.queries.landmarks : 0);
+  const at::Tensor dw = buffer(g, parts * rows * g.value_width());
+  const at::Tensor dkt = buffer(g, g.wanted.key ? parts * rows * g.head_width() : 0);
+  const at::Tensor dmissed = buffer(g, g.extended() && g.wanted.scores() ? parts * g.queries.landmarks : 0);
   const Partials partials{dw.data_ptr(), dkt.data_ptr(), dmissed.data_ptr()};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).query_pass_backward_merge(g, partials, a, b); });
@@ -141,13 +142,14 @@ void core_backward(const Backward& g) {
            [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, &global.value, dc.data(), a, b); });
   double total = 0;
   for (const double x : dc) total += x;
-  if (global.value > 0) kernels(g.dtype).coefficient_backward(g, global.problem, total);
+  if (global.value > 0 && g.wanted.scores()) kernels(g.dtype).coefficient_backward(g, global.problem, total);
 }
 
 void key_pass_backward(const Backward& g) {
   const auto slots = cpu::chunks(g.keys, g);
-  const at::Tensor dqt = buffer(g, later(g, slots) * g.queries.landmarks * g.head_width());
-  const at::Tensor dconv = buffer(g, g.heads * slots.all() * g.taps);
+  const int64_t size = g.wanted.query ? g.queries.landmarks * g.head_width() : 0;
+  const at::Tensor dqt = buffer(g, later(g, slots) * size);
+  const at::Tensor dconv = buffer(g, g.wanted.conv ? g.heads * slots.all() * g.taps : 0);
   const Partials partials{dqt.data_ptr(), dconv.data_ptr()};
   parallel(g.kv_heads * slots.all(),
            [&](int64_t a, int64_t b) { kernels(g.dtype).key_pass_backward(g, partials, a, b); });
@@ -176,14 +178,17 @@ void forward(Forward& f) {
 
 void backward(Backward& g) {
   const at::Tensor tokens = plan(g);
+  const Wanted& wanted = g.wanted;
   const int64_t rows = g.window > 0 ? g.heads * g.queries.all(g.batch) : 0;
-  const at::Tensor lse1 = buffer(g, rows), delta1 = buffer(g, rows);
+  const at::Tensor lse1 = buffer(g, wanted.tokens() ? rows : 0), delta1 = buffer(g, wanted.key ? rows : 0);
   g.lse1 = lse1.data_ptr();
   g.delta1 = delta1.data_ptr();
-  stage("nystrom_ext::query_pass_backward", query_pass_backward, g);
-  stage("nystrom_ext::core_backward", core_backward, g);
+  if (wanted.attention()) {
+    stage("nystrom_ext::query_pass_backward", query_pass_backward, g);
+    stage("nystrom_ext::core_backward", core_backward, g);
+  }
   stage("nystrom_ext::key_pass_backward", key_pass_backward, g);
-  stage("nystrom_ext::landmarks_backward", landmarks_backward, g);
+  if (wanted.query) stage("nystrom_ext::landmarks_backward", landmarks_backward, g);
 }
 
 const Backend cpu_backend{nullptr, forward, backward};

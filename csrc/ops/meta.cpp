@@ -60,15 +60,19 @@ BackwardResult backward_meta(const at::Tensor& grad, const at::Tensor& query, co
                              const at::Tensor& qt, const at::Tensor& kt, const at::Tensor& u, const at::Tensor& lse,
                              const at::Tensor& w, const at::Tensor& missed, int64_t num_landmarks,
                              int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
-                             int64_t window, int64_t pinned) {
+                             int64_t window, int64_t pinned, GradientMask output_mask) {
   check_backward(grad,
                  {query, key, value, key_padding_mask, query_padding_mask, conv_weight, rng_state, cu_seqlens_q,
                   cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_landmarks, pinv_iterations, scale, dropout_p,
                   global_coefficient, window, pinned},
                  {qt, kt, u, lse, w, missed});
-  const auto taps = conv_weight ? conv_weight->sym_size(1) : c10::SymInt(0);
-  return {like_heads(query, query.sym_size(3)), like_heads(key, key.sym_size(3)), like_heads(value, value.sym_size(3)),
-          at::empty_symint({conv_weight ? query.sym_size(1) : c10::SymInt(0), taps}, query.options())};
+  const auto gradient = [&](int i, const at::Tensor& x) {
+    return output_mask[i] ? like_heads(x, x.sym_size(3)) : at::empty({0}, x.options());
+  };
+  const at::Tensor dconv = conv_weight && output_mask[3]
+                               ? at::empty_symint({query.sym_size(1), conv_weight->sym_size(1)}, query.options())
+                               : at::empty({0}, query.options());
+  return {gradient(0, query), gradient(1, key), gradient(2, value), dconv};
 }
 
 }  // namespace

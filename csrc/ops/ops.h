@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -39,6 +40,7 @@ struct Options {
 };
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using GradientMask = std::array<bool, 4>;  // of query, key, value, conv_weight: whether its gradient is asked for
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // What the forward op saves for the backward op, in schema order.
@@ -54,16 +56,19 @@ using ForwardOp = ForwardResult(const at::Tensor& query, const at::Tensor& key, 
                                 c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, int64_t num_landmarks,
                                 int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
                                 int64_t window, int64_t pinned);
-using BackwardOp = BackwardResult(
-    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
-    const OptionalTensor& rng_state, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& qt, const at::Tensor& kt, const at::Tensor& u,
-    const at::Tensor& lse, const at::Tensor& w, const at::Tensor& missed, int64_t num_landmarks,
-    int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient, int64_t window, int64_t pinned);
+using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+                                  const at::Tensor& value, const OptionalTensor& key_padding_mask,
+                                  const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
+                                  const OptionalTensor& rng_state, const OptionalTensor& cu_seqlens_q,
+                                  const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                                  c10::SymInt max_seqlen_k, const at::Tensor& qt, const at::Tensor& kt,
+                                  const at::Tensor& u, const at::Tensor& lse, const at::Tensor& w,
+                                  const at::Tensor& missed, int64_t num_landmarks, int64_t pinv_iterations,
+                                  double scale, double dropout_p, bool global_coefficient, int64_t window,
+                                  int64_t pinned, GradientMask output_mask);
 
 ForwardResult call_forward(const Arguments& a);
-BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved);
+BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved, GradientMask output_mask);
 
 // The public ops' arguments as the internal ops take them: defaults resolved, the dropout's seed drawn.
 Arguments resolve(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -37,13 +37,14 @@ TORCH_LIBRARY(nystrom_ext, m) {
       "Tensor w, Tensor missed)",
       {at::Tag::pt2_compliant_tag});
 
-  // Gradients of query, key, value and conv_weight (empty without one) from grad = dL/d out.
+  // Gradients of query, key, value and conv_weight from grad = dL/d out. Those that output_mask does not ask for, and
+  // that of no conv_weight, have no elements and cost nothing; the bits of the others do not depend on it.
   m.def(
       "_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
       "Tensor? query_padding_mask, Tensor? conv_weight, Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor qt, Tensor kt, Tensor u, Tensor lse, Tensor w, Tensor missed, "
       "int num_landmarks, int pinv_iterations, float scale, float dropout_p, "
-      "bool global_coefficient, int window, int pinned) -> "
+      "bool global_coefficient, int window, int pinned, bool[4] output_mask) -> "
       "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dconv_weight)",
       {at::Tag::pt2_compliant_tag});
 

@@ -127,6 +127,18 @@ Call::Call(const Case& c, Dtype dtype) : dtype(dtype) {
   g.delta1 = buffer(p.window > 0 ? n * c.queries : 0);
 }
 
+void Call::want(const Wanted& wanted) {
+  Backward& g = backward;
+  g.wanted = wanted;
+  if (!wanted.query) g.dquery = {}, g.dqt = nullptr;
+  if (!wanted.key) g.dkey = {}, g.dkt = nullptr, g.delta1 = nullptr;
+  if (!wanted.value) g.dvalue = {};
+  if (!wanted.conv) g.dconv = nullptr;
+  if (!wanted.tokens()) g.lse1 = nullptr;
+  if (!wanted.scores()) g.delta = g.dmissed = nullptr;
+  if (!wanted.attention()) g.du = g.dw = nullptr;
+}
+
 double Call::read(const Operand& x, int64_t b, int64_t h, int64_t t, int64_t feature) const {
   const char* p = address(x, dtype, b, h, t, feature);
   switch (dtype) {

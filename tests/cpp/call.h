@@ -40,6 +40,9 @@ class Call {
   Forward forward;
   Backward backward;  // shares all buffers; `out` is the gradient that arrives
 
+  // Asks the backward pass for these gradients alone: what csrc/ops does not allocate then is null.
+  void want(const Wanted& wanted);
+
   // An element of an operand, or of a buffer in the accumulation type.
   double read(const Operand& x, int64_t b, int64_t h, int64_t t, int64_t feature) const;
   void write(const Operand& x, int64_t b, int64_t h, int64_t t, int64_t feature, double value);

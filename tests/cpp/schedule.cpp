@@ -92,8 +92,8 @@ void Schedule::query_pass_backward() {
   const Slots slots = cpu::chunks(g.queries, g);
   const int64_t tasks = g.heads * slots.all(), parts = later(slots), rows = g.columns();
   const cpu::Partials partials{call_.buffer(parts * rows * g.value_width()),
-                               call_.buffer(parts * rows * g.head_width()),
-                               call_.buffer(g.extended() ? parts * g.queries.landmarks : 0)};
+                               call_.buffer(g.wanted.key ? parts * rows * g.head_width() : 0),
+                               call_.buffer(g.extended() && g.wanted.scores() ? parts * g.queries.landmarks : 0)};
   parallel(tasks, [&](int64_t a, int64_t b) { kernels_.query_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels_.query_pass_backward_merge(g, partials, a, b); });
 }
@@ -108,14 +108,14 @@ void Schedule::core_backward() {
   parallel(g.problems(), [&, &c = c](int64_t a, int64_t b) { kernels_.core_backward(g, &c, dc.data(), a, b); });
   double total = 0;
   for (const double x : dc) total += x;
-  if (c > 0) kernels_.coefficient_backward(g, problem, total);
+  if (c > 0 && g.wanted.scores()) kernels_.coefficient_backward(g, problem, total);
 }
 
 void Schedule::key_pass_backward() {
   const Backward& g = call_.backward;
   const Slots slots = cpu::chunks(g.keys, g);
-  const cpu::Partials partials{call_.buffer(later(slots) * g.queries.landmarks * g.head_width()),
-                               call_.buffer(g.heads * slots.all() * g.taps), nullptr};
+  const cpu::Partials partials{call_.buffer(g.wanted.query ? later(slots) * g.queries.landmarks * g.head_width() : 0),
+                               call_.buffer(g.wanted.conv ? g.heads * slots.all() * g.taps : 0), nullptr};
   parallel(g.kv_heads * slots.all(), [&](int64_t a, int64_t b) { kernels_.key_pass_backward(g, partials, a, b); });
   parallel(g.problems(), [&](int64_t a, int64_t b) { kernels_.key_pass_backward_merge(g, partials, a, b); });
 }
@@ -133,10 +133,13 @@ void Schedule::forward() {
 }
 
 void Schedule::backward() {
-  query_pass_backward();
-  core_backward();
+  const Wanted& wanted = call_.backward.wanted;
+  if (wanted.attention()) {
+    query_pass_backward();
+    core_backward();
+  }
   key_pass_backward();
-  landmarks_backward();
+  if (wanted.query) landmarks_backward();
 }
 
 }  // namespace nystrom_test

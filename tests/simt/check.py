@@ -14,12 +14,14 @@ from simt import build
 from simt.kernels import ROOT, build_backend
 
 EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py"]
+PARTIAL = ["tests/test_partial_gradients.py", "-k", "bits or elements or stages"]
 BORDERS = ["tests/test_operator.py", "-k", "borders"]
 FUZZ = ["tests/fuzz", "-k", "configurations"]
 EXTREMES = ["tests/test_extremes.py", "-k", "float64 or bfloat16"]  # one dtype of either engine
 # mode, seed of the schedule, tests
 RUNS = [
     ("plain", 0, EVERYTHING),
+    ("plain", 0, PARTIAL),
     ("plain", 1, BORDERS),
     ("plain", 2, BORDERS),
     ("plain", 3, FUZZ),
