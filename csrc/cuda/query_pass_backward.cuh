@@ -37,6 +37,7 @@ struct QueryPassBackward {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
     if (E::kWindow && s.extended) window.add_bias(logits, first, queries.end, j * E::kCols);
+    dp = {};  // before it is known whether there will be one: its last value need not stay in registers
     if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
@@ -46,6 +47,7 @@ struct QueryPassBackward {
   __device__ void compute_window(const typename Window<E>::Stream& keys, int first, int tile,
                                  typename E::Scores& logits, typename E::Scores& dp) const {
     logits = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
+    dp = {};
     if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), keys.tile(1, tile), scratch);
     if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), dp);
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(E::kThreads, E::kBlocks)
   const Head s(g, task.problem(g.heads));
   const int begin = task.chunk * kRowChunk, end = min(begin + kRowChunk, s.queries.count);
   const int out0 = int(blockIdx.y) * E::kOut;
-  if (begin >= end || !(g.wanted.query || s.has_query_pass())) return;
+  if (begin >= end) return;
 
   char* scratch = dynamic_shared_memory();
   const typename Pass::Queries queries{
