@@ -271,7 +271,7 @@ def test_opcheck_internal(window: int, device: str) -> None:
     inputs = (*x, None, None, None, rng, cu, cu, 65, 65)
     opcheck(OPS._attention_forward.default, (*inputs, *options))
     out, *saved = OPS._attention_forward(*inputs, *options)
-    opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options))
+    opcheck(OPS._attention_backward.default, (torch.randn_like(out), *inputs, *saved, *options, [True] * 4))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
