@@ -23,7 +23,7 @@ def causal_by_mask(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Qualified name -> reason, of the modules that their owner gives a causal mask, and of all inside them."""
     found: dict[str, str] = {}
     for name, owner in modules.items():
-        if type(owner).__module__.startswith("torch.nn.") or not owner._modules:
+        if type(owner).__module__.startswith(("torch.nn.", "torch.jit.")) or not owner._modules:
             continue
         masks = {attribute for attribute, x in _tensors(owner) if is_causal(x)}
         cls: Any = type(owner)

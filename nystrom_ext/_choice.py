@@ -29,14 +29,39 @@ def build(options: Mapping[str, Any]) -> Options:
     return Options.of(options)
 
 
-def own_options(modules: dict[str, nn.Module], name: str, options_for: OptionsFor | None) -> LayerOptions:
+class Names:
+    """The qualified names of a model's modules. A module that appears several times has several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._of: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            self._of.setdefault(id(module), []).append(name)
+
+    def match(self, name: str, patterns: Pattern | Sequence[Pattern]) -> bool:
+        """Whether a pattern matches any of the names of the module called ``name``."""
+        return any(self._matches(other, p) for other in self._of[id(self.modules[name])] for p in listed(patterns))
+
+    def _matches(self, name: str, pattern: Pattern) -> bool:
+        if isinstance(pattern, str):
+            return fnmatchcase(name, pattern)
+        parts = name.split(".") if name else []
+        around = [self.modules[".".join(parts[:i])] for i in range(len(parts) + 1)]  # the model ... the module itself
+        return any(isinstance(module, pattern) for module in around)
+
+
+def listed(patterns: Pattern | Sequence[Pattern]) -> Sequence[Pattern]:
+    return (patterns,) if isinstance(patterns, (str, type)) else patterns
+
+
+def own_options(names: Names, name: str, options_for: OptionsFor | None) -> LayerOptions:
     """What ``options_for`` says of the module; {} where it says nothing."""
     if options_for is None:
         return {}
     if isinstance(options_for, Mapping):
-        own = next((options for pattern, options in options_for.items() if matches(modules, name, pattern)), {})
+        own = next((options for pattern, options in options_for.items() if names.match(name, pattern)), {})
     else:
-        own = options_for(modules[name], name)
+        own = options_for(names.modules[name], name)
     if own is not None and not isinstance(own, Mapping):
         raise ValueError(
             f"options_for must give a dict of options, or None to leave the module as it is, got {own!r} for {name!r}; "
@@ -45,19 +70,12 @@ def own_options(modules: dict[str, nn.Module], name: str, options_for: OptionsFo
     return own
 
 
-def check_used(modules: dict[str, nn.Module], found: Iterable[str], options_for: Mapping[Pattern, Any]) -> None:
-    for pattern in options_for:
-        if not any(matches(modules, name, pattern) for name in found):
+def check_used(names: Names, found: Iterable[str], what: str, patterns: Iterable[Pattern]) -> None:
+    """ValueError for a pattern that means no attention, as a typing error does."""
+    found = list(found)
+    for pattern in patterns:
+        if found and not any(names.match(name, pattern) for name in found):
             raise ValueError(
-                f"options_for has {pattern!r}, which matches none of the attention modules {', '.join(found)}; correct "
+                f"{what} has {pattern!r}, which matches none of the attention modules {', '.join(found)}; correct "
                 f"the pattern, or pass strict=False"
             )
-
-
-def matches(modules: dict[str, nn.Module], name: str, patterns: Pattern | Sequence[Pattern]) -> bool:
-    parts = name.split(".") if name else []
-    around = [modules[".".join(parts[:i])] for i in range(len(parts) + 1)]  # the model ... the module itself
-    for pattern in (patterns,) if isinstance(patterns, (str, type)) else patterns:
-        if fnmatchcase(name, pattern) if isinstance(pattern, str) else any(isinstance(m, pattern) for m in around):
-            return True
-    return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ._causal import causal_by_mask
-from ._choice import Pattern, matches
+from ._choice import Names, Pattern
 from ._masks import added_keys
 from ._patches import own_forward
 from ._swap import is_ours, written_class
@@ -17,6 +18,8 @@ from .modules import NystromMultiheadAttention, Options
 
 # Libraries whose attention can be converted: they come into play when a model has classes of theirs.
 _LIBRARIES = {"timm": "timm", "transformers": "pretrained"}
+
+_STOCK_FILE = inspect.getfile(nn.MultiheadAttention)
 
 _AFTER_TARGETS = (
     "cross-attention of nn.TransformerDecoderLayer: query landmarks average over later targets; where the decoder may "
@@ -53,13 +56,17 @@ def find(modules: dict[str, nn.Module], integrations: Iterable[Any]) -> dict[str
             special = written_class(module) is not stock and not isinstance(module, ours)
             reason = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour" if special else None
             found[name] = "self-attention of nn.TransformerDecoderLayer, causal by use" if module in causal else reason
+    if (code := nn.MultiheadAttention.forward.__code__).co_filename != _STOCK_FILE:
+        patch = f"nn.MultiheadAttention.forward was replaced by {code.co_name}, which conversion does not reach"
+        found |= {n: patch for n, m in modules.items() if isinstance(m, nn.MultiheadAttention) and not is_ours(m)}
     for name in [name for name, reason in found.items() if reason is None]:
-        if (patch := own_forward(modules[name])) is not None:
-            found[name] = f"its forward was replaced by {patch}, which conversion does not reach; convert before that"
+        if (replaced := own_forward(modules[name])) is not None:
+            found[name] = f"its forward was replaced by {replaced}, which conversion does not reach; convert first"
     return {name: found[name] for name in modules if name in found}
 
 
 def skipped(
+    names: Names,
     modules: dict[str, nn.Module],
     found: dict[str, str | None],
     include: Pattern | Sequence[Pattern] | None,
@@ -67,12 +74,12 @@ def skipped(
     filter_fn: Callable[[nn.Module, str], bool] | None,
 ) -> dict[str, str]:
     """Qualified name -> reason, of the attention modules that are not to be converted."""
-    unless_included = _unless_included(modules) if include is None else {}
+    unless_included = unless_named(modules) if include is None else {}
     result = {}
     for name, reason in found.items():
-        if include is not None and not matches(modules, name, include):
+        if include is not None and not names.match(name, include):
             result[name] = "not in include"
-        elif exclude is not None and matches(modules, name, exclude):
+        elif exclude is not None and names.match(name, exclude):
             result[name] = "in exclude"
         elif filter_fn is not None and not filter_fn(modules[name], name):
             result[name] = "filter_fn returned False"
@@ -83,7 +90,7 @@ def skipped(
     return result
 
 
-def _unless_included(modules: dict[str, nn.Module]) -> dict[str, str]:
+def unless_named(modules: dict[str, nn.Module]) -> dict[str, str]:
     """What is converted only where ``include`` names it: qualified name -> reason."""
     decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
     after_targets = {m for layer in decoder_layers for m in layer.multihead_attn.modules()}
@@ -96,8 +103,10 @@ def takes(options: Options, module: nn.Module) -> bool:
     return not (extended and isinstance(module, nn.MultiheadAttention) and added_keys(module))
 
 
-def refusals(options: Options, module: nn.Module) -> str | None:
-    """What the converted module will refuse, in calls that the model may or may not make."""
+def refusals(options: Options, module: nn.Module, included: str | None) -> str | None:
+    """What to know of a converted module: that it was converted only because it was named, or what it will refuse."""
+    if included:
+        return f"named in include: {included}"
     if isinstance(module, nn.MultiheadAttention) and options.unsupported_mask == "error":
         return f"refuses attn_mask beyond {options.num_landmarks} tokens"
     return None

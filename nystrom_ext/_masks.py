@@ -38,7 +38,7 @@ def key_mask(mask: Tensor | None, k: Tensor, added: int) -> Tensor | None:
     if mask.dtype != torch.bool:
         F._canonical_mask(mask, "key_padding_mask", None, "", mask.dtype)  # raises for dtypes that are no masks
     mask = F.pad(mask if mask.dim() == 2 else mask.unsqueeze(0), (0, added))
-    for dim, (size, expected) in enumerate(zip(mask.shape, (len(k), k.shape[2]), strict=True)):
+    for dim, (size, expected) in enumerate(zip(mask.shape, (k.shape[0], k.shape[2]), strict=True)):
         if size != expected:
             raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {expected}, but got {size}")
     return mask
@@ -54,9 +54,9 @@ def query_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
             f"for one of 0 and -inf"
         )
     mask = mask if mask.dim() == 2 else mask.unsqueeze(0)
-    if mask.shape != (len(q), q.shape[2]):
+    if mask.shape != (q.shape[0], q.shape[2]):
         raise ValueError(
-            f"query_padding_mask must have shape (batch, query tokens) = {(len(q), q.shape[2])}, got "
+            f"query_padding_mask must have shape (batch, query tokens) = {(q.shape[0], q.shape[2])}, got "
             f"{tuple(mask.shape)}"
         )
     return mask

@@ -21,10 +21,10 @@ def project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     elif not module.batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    if len(q) != len(k):
-        raise RuntimeError(f"query and key must have the same batch size, got {len(q)} and {len(k)}")
+    if q.shape[0] != k.shape[0]:  # len() would make a constant of a symbolic batch
+        raise RuntimeError(f"query and key must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
     if module.bias_k is not None and module.bias_v is not None:
-        k = torch.cat([k, module.bias_k.expand(len(k), -1, -1)], 1)
+        k = torch.cat([k, module.bias_k.expand(k.shape[0], -1, -1)], 1)
         v = torch.cat([v, module.bias_v.expand(len(v), -1, -1)], 1)
     if module.add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))

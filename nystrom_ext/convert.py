@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from ._advice import unknown_attention
-from ._choice import OptionsFor, Pattern, build, check_used, own_options
-from ._find import find, integrations_of, refusals, skipped, swaps_of, takes
+from ._choice import Names, OptionsFor, Pattern, build, check_used, listed, own_options
+from ._find import find, integrations_of, refusals, skipped, swaps_of, takes, unless_named
 from ._report import Report
 from ._samples import check_model, self_attention_in
 from ._swap import CONSTRUCTED, CONVERTED, is_ours, present, restore, settings, swap, swap_back
@@ -48,7 +48,7 @@ def convert_(
     replaced (accelerate's hooks are kept), and what the filters leave out. Only where ``include`` matches it: the
     cross-attention of `nn.TransformerDecoderLayer`, for decoders that see all targets at once, and attention that its
     owner gives a causal mask, as far as its code or its buffers show it. A module that appears several times counts
-    once, under its first name.
+    once; patterns match it by any of its names.
 
     Args:
         include, exclude: globs of qualified names (``*`` also matches dots), or classes, which stand for their
@@ -57,7 +57,8 @@ def convert_(
         options_for: options of single layers, on top of the others: ``{pattern: options}``, where the first pattern
             that matches counts, or a function of (module, qualified name). None instead of options leaves a layer as
             it is: ``{"*.0.*": None, "*.[12].*": {"window": 16}}``.
-        strict: raise ValueError when nothing is converted, or a pattern of ``options_for`` matches no attention.
+        strict: raise ValueError when nothing is converted, or a pattern of ``include``, ``exclude`` or ``options_for``
+            matches no attention.
         batch: a sample for ``model``, a dict, a tuple or a single tensor: the model runs on it once, as it is, and
             ``self_attention=True`` is set in the modules whose queries and keys are equal without being one tensor.
         num_landmarks, options: keyword options of :class:`NystromMultiheadAttention`, except ``conv_kernel_size``. All
@@ -68,8 +69,14 @@ def convert_(
     modules = dict(model.named_modules())
     integrations = integrations_of(modules.values())
     found = find(modules, integrations)
-    left = skipped(modules, found, include, exclude, filter_fn)
-    own = {name: own_options(modules, name, options_for) for name in found if name not in left}
+    names = Names(model)
+    if strict:
+        for what, patterns in (("include", include), ("exclude", exclude)):
+            check_used(names, found, what, () if patterns is None else listed(patterns))
+        if isinstance(options_for, Mapping):
+            check_used(names, found, "options_for", options_for)
+    left = skipped(names, modules, found, include, exclude, filter_fn)
+    own = {name: own_options(names, name, options_for) for name in found if name not in left}
     left |= {name: "options_for gives None" for name, layer in own.items() if layer is None}
     layers = {name: dict(layer) for name, layer in own.items() if layer is not None}
     if batch is not None and general.self_attention is None:
@@ -79,10 +86,9 @@ def convert_(
     for name in [name for name, options in chosen.items() if not takes(options, modules[name])]:
         del chosen[name]
         left[name] = "add_bias_kv or add_zero_attn: window and pinned need as many keys as queries"
-    if strict and isinstance(options_for, Mapping):
-        check_used(modules, found, options_for)
     if strict and not chosen:
         raise ValueError(_nothing(model, modules, found, left))
+    special = {} if include is None else unless_named(modules)
     _convert(modules, integrations, chosen)
     reproduce: dict[str, Any] = {"include": [glob.escape(name) for name in chosen], "strict": strict}
     if any(layers[name] for name in chosen):
@@ -91,7 +97,7 @@ def convert_(
             for name in chosen
             if layers[name]
         }
-    notes = {name: note for name in chosen if (note := refusals(chosen[name], modules[name]))}
+    notes = {name: note for name in chosen if (note := refusals(chosen[name], modules[name], special.get(name)))}
     return Report(list(chosen), left, {**vars(general), **reproduce}, notes)
 
 

@@ -91,7 +91,9 @@ class Diagnosis:
             return "nothing is approximated at these lengths: give a batch of longer samples, or lower num_landmarks"
         if not self.suggested:
             return f"no layer keeps the output within {self.tolerance}: raise num_landmarks or window, or fine-tune"
-        return f"within {self.tolerance} of the output without fine-tuning: include={self.suggested}"
+        found = any("self_attention" in own for own in self.options.get("options_for", {}).values())
+        batch = ", batch=batch (queries and keys are equal where they are not one tensor)" if found else ""
+        return f"within {self.tolerance} of the output without fine-tuning: include={self.suggested}{batch}"
 
     def plot(self, path: str | Path) -> None:
         """Write the table as a figure, PNG or any format of matplotlib's, chosen by the suffix."""
@@ -207,8 +209,8 @@ class _Spy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is not torch.ops.nystrom_ext.attention or not self._inside:
-            return func(*args, **kwargs)
+        if func is not torch.ops.nystrom_ext.attention or not self._inside or args[0].is_meta:
+            return func(*args, **kwargs)  # on meta, the weights' check of their arguments
         name = self._inside[-1]
         if not self.measuring and name in self.approximated:
             return func(*args, **kwargs)

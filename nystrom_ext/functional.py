@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _library, _weights  # noqa: F401  registers the ops
+from ._options import count
 from ._warnings import warn_once
 
 
@@ -66,7 +68,9 @@ def nystrom_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; the message names the rule and the way out.
+        TypeError: a tensor as ``scale``.
     """
+    check((query, key, value), scale, num_landmarks, pinv_iterations, window, pinned)
     if key_padding_mask is not None or query_padding_mask is not None or self_attention:
         key_padding_mask, query_padding_mask = _both_masks(
             query, key, key_padding_mask, query_padding_mask, self_attention, num_landmarks
@@ -143,6 +147,24 @@ def nystrom_attention_weights(
         "pinned": pinned,
     }
     return _weights.attention_weights(query, key, key_padding_mask, average_heads, rows, **options)
+
+
+def check(tensors: Sequence[Tensor], scale: float | None, *counts: int) -> None:
+    """What the dispatcher would refuse in words of its own, or take: a scale that learns nothing."""
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            "nystrom_attention: scale must be a float, got a tensor, which would get no gradient; multiply query by it "
+            "and pass scale=1.0"
+        )
+    for name, value in zip(("num_landmarks", "pinv_iterations", "window", "pinned"), counts, strict=True):
+        if type(value) is not int:
+            count(name, value, int(name == "num_landmarks"), "as of 64 or numpy.int64(64)")
+    for x in tensors:
+        if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+            raise ValueError(
+                f"nystrom_attention: query, key and value must be dense, got a tensor of layout {x.layout}, nested: "
+                f"{x.is_nested}; nystrom_attention_varlen takes sequences of different lengths"
+            )
 
 
 _UNKNOWN_PADDING = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  registers the ops
+from .functional import check
 
 
 def nystrom_attention_varlen(
@@ -60,6 +61,7 @@ def nystrom_attention_varlen(
         ValueError: tensors or options that do not fit; the message names the rule and the way out.
         RuntimeError: on a GPU, later, offsets that do not fit the tokens.
     """
+    check((query, key, value), scale, num_landmarks, pinv_iterations, window, pinned)
     if key_padding_mask is not None or query_padding_mask is not None:
         name = "key_padding_mask" if key_padding_mask is not None else "query_padding_mask"
         raise ValueError(f"nystrom_attention_varlen: packed sequences have no padding, got {name}; leave it out")

@@ -69,7 +69,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_message(name: str) -> None:
     changes, message = BAD[name]
-    arguments: dict[str, Any] = {"query": X, "key": X, "value": X, **changes}
+    arguments: dict[str, Any] = {"query": X, "key": X.clone(), "value": X, **changes}
     with pytest.raises(ValueError, match="nystrom_attention: .*" + re.escape(message)):
         nystrom_attention(**arguments)
 
@@ -127,3 +127,15 @@ def test_two_equal_masks_are_one() -> None:
 def test_weights_need_no_value_but_check_the_rest() -> None:
     with pytest.raises(ValueError, match="num_landmarks must be at least 1"):
         nystrom_attention_weights(X, X, num_landmarks=0)
+
+
+def test_what_the_dispatcher_would_say_in_words_of_its_own() -> None:
+    with pytest.raises(TypeError, match="scale must be a float, got a tensor, which would get no gradient"):
+        nystrom_attention(X, X, X, scale=torch.nn.Parameter(torch.tensor(0.3)))  # type: ignore[arg-type]
+    for name, value in (("num_landmarks", 16.0), ("num_landmarks", True), ("window", 1.5), ("pinned", "1")):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least"):
+            nystrom_attention(X, X, X, **{name: value})  # type: ignore[arg-type]
+    ragged = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 4)], layout=torch.jagged)
+    for x in (ragged, X.to_sparse()):
+        with pytest.raises(ValueError, match="must be dense.*nystrom_attention_varlen takes sequences"):
+            nystrom_attention(x, x, x)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 
 import pytest
@@ -275,3 +276,71 @@ def test_need_weights_never():
 def test_what_is_no_model(call, given):
     with pytest.raises(TypeError, match=f"takes an nn.Module, got {type(given).__name__}"):
         call(given)
+
+
+# What a stranger tripped over.
+
+
+def test_patterns_that_mean_nothing_are_refused():
+    model = nn.ModuleList([Block(), Block()])
+    for arguments in ({"exclude": "lyaer.0.*"}, {"include": ["0.*", "lyaer.*"]}, {"include": nn.Linear}):
+        with pytest.raises(ValueError, match="which matches none of the attention modules 0.attn, 1.attn"):
+            convert_(model, **arguments)
+        convert_(model, strict=False, **arguments)
+        revert_(model)
+
+
+def test_a_shared_module_is_meant_by_any_of_its_names():
+    model = nn.ModuleList([Block(), Block()])
+    model[1].attn = model[0].attn
+    with pytest.raises(ValueError, match="0.attn: in exclude"):
+        convert_(model, exclude="1.*")
+    assert convert_(model, include="1.*").converted == ["0.attn"]
+    assert convert_(model, options_for={"1.*": {"window": 2}}).options["options_for"] == {"0.attn": {"window": 2}}
+
+
+def test_a_patched_class_is_not_called_converted(monkeypatch):
+    inner = nn.MultiheadAttention.forward
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", lambda self, *args, **kwargs: inner(self, *args, **kwargs))
+    with pytest.raises(ValueError, match="nn.MultiheadAttention.forward was replaced by <lambda>"):
+        convert_(Block())
+
+
+def test_what_was_converted_only_because_it_was_named_says_so():
+    model = nn.Transformer(E, H, 1, 1, 16, batch_first=True)
+    report = convert_(model, include="*")
+    assert "named in include: cross-attention of nn.TransformerDecoderLayer" in str(report)
+    assert "multihead_attn" in "".join(report.notes) and json_able(report.to_dict())
+
+
+def json_able(x):
+    return json.loads(json.dumps(x)) == x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_left_alone():
+    model = nn.ModuleList([torch.jit.script(nn.MultiheadAttention(E, H, batch_first=True)), Block()])
+    assert convert_(model).converted == ["1.attn"]
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_export_with_a_dynamic_batch(need_weights):
+    model = NystromMultiheadAttention(E, H, batch_first=True, num_landmarks=M).eval()
+    B, n = Dim("B", min=1, max=64), Dim("n", min=2, max=4096)
+    args = (x(), x().bool().new_zeros(2, L))
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = model
+
+        def forward(self, x, mask):
+            return self.attn(x, x, x, key_padding_mask=mask, need_weights=need_weights)
+
+    program = export(Program(), args, dynamic_shapes=({0: B, 1: n}, {0: B, 1: n})).module()
+    for batch, length in ((1, 3), (5, 40)):
+        data, mask = torch.randn(batch, length, E), torch.arange(length).expand(batch, -1) >= length - 1
+        actual, expected = program(data, mask), model(data, data, data, mask, need_weights)
+        assert_close(actual[0][~mask], expected[0][~mask])
+        if need_weights:
+            assert_close(actual[1][~mask], expected[1][~mask])

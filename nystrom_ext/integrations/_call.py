@@ -65,7 +65,8 @@ class Call:
     def is_exact(self, options: Options) -> bool:
         """Whether "sdpa" is to serve it. NotImplementedError where neither it nor landmarks are."""
         L, S = self.query.shape[2], self.key.shape[2]
-        short = min(L, S) <= options.num_landmarks
+        # An exported graph runs at any length: there the operator decides, which is exact up to num_landmarks as well.
+        short = not torch.compiler.is_exporting() and min(L, S) <= options.num_landmarks
         refused = self._refusal(options)
         if refused is None:
             return short and self.packed is None
@@ -127,7 +128,13 @@ class Call:
             return Refusal("cross-attention of a causal decoder")
         mask = self.mask
         if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.shape[3] != S):
-            allowed = f"only padding masks, ({len(self.key)}, {S}) bool or ({len(self.key)}, 1, 1, {S})"
+            B = self.key.shape[0]
+            if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+                raise ValueError(
+                    f"Nyström attention in {type(self.module).__name__}: the attention_mask has {mask.shape[3]} "
+                    f"entries for {S} tokens; pass one for each"
+                )
+            allowed = f"only padding masks, ({B}, {S}) bool or ({B}, 1, 1, {S})"
             dtype = str(mask.dtype).removeprefix("torch.")
             what = f"a {dtype} mask of shape {tuple(mask.shape)} ({allowed})"
             return Refusal(what, mask=mask.dim() == 4 and mask.shape[3] == S)

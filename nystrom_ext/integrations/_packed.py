@@ -88,7 +88,7 @@ def find(
     padding = mask if mask is not None and mask.shape[1:3] == (1, 1) else None
     if given:
         if padding is not None:
-            if len(query) > 1 or len(given["cu_seq_lens_q"]) == 2:
+            if query.shape[0] > 1 or len(given["cu_seq_lens_q"]) == 2:
                 return None, None  # a padded batch, whose offsets say where the padding is
             _require_no_padding(padding)
         offsets_q, offsets_k, *longest = given.values()
@@ -97,7 +97,7 @@ def find(
     if positions is None or (causal is not False and mask is not None):
         return None, None
     positions = positions if positions.dim() > 1 else positions[None]
-    B, L = len(query), query.shape[2]
+    B, L = query.shape[0], query.shape[2]
     if L == 1 or L != key.shape[2] or positions.shape not in ((1, L), (B, L)) or (B > 1 and mask is not None):
         return None, None  # one new token, or positions in other coordinates, such as those of images
     if B > 1 or _must_not_wait(positions):

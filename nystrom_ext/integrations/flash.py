@@ -13,8 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .._warnings import warn_once
 from ..functional import nystrom_attention
 from ..varlen import nystrom_attention_varlen
+
+_WINDOW = (
+    "window_size=(w, w) is window=w of nystrom_attention: tokens at a larger distance, which flash-attn leaves out, "
+    "are attended to through landmarks, and exactly up to num_landmarks tokens"
+)
 
 
 def flash_attn_func(
@@ -110,4 +116,6 @@ def _window(size: tuple[int, int]) -> int:
             f"Nyström attention has one window for both sides, got window_size={size}; pass ({max(size)}, "
             f"{max(size)}), or (-1, -1) for none"
         )
+    if left >= 0:
+        warn_once(_window, _WINDOW)
     return max(left, 0)

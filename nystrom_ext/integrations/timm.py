@@ -61,7 +61,7 @@ class _Nystrom(nn.Module):
             return stock(x, **asked)
         if attn_mask is not None and masks_nothing(attn_mask):
             attn_mask = None
-        ignored = None if attn_mask is None else padding(attn_mask, len(x), tokens)
+        ignored = None if attn_mask is None else padding(attn_mask, x.shape[0], tokens)
         if is_causal or (attn_mask is not None and ignored is None):
             if options.unsupported_mask == "exact":
                 return stock(x, **asked)
@@ -173,7 +173,7 @@ def padding(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
     Its shape and strides decide; the entries of an additive mask are checked without waiting for a GPU."""
     mask = mask[(None,) * (4 - mask.dim())]
     constant = all(mask.shape[dim] == 1 or mask.stride(dim) == 0 for dim in (1, 2))
-    if not constant or mask.shape[3] != tokens or mask.shape[2] not in (1, tokens) or len(mask) not in (1, batch):
+    if not constant or mask.shape[3] != tokens or mask.shape[2] not in (1, tokens) or mask.shape[0] not in (1, batch):
         return None
     mask = mask[:, 0, 0]
     if mask.dtype == torch.bool:

@@ -148,7 +148,7 @@ def attention(
         return call.packed.attend(query, key, value, itself=bool(itself), **settings), None
     if itself is None and call.mask is not None:
         call.warn_of_padded_queries()
-    ignored = None if call.mask is None else ignored_keys(call.mask).expand(len(key), key.shape[2])
+    ignored = None if call.mask is None else ignored_keys(call.mask).expand(key.shape[0], key.shape[2])
     settings |= {"query_padding_mask": ignored if itself else None, "self_attention": False}  # the masks say it
     out = nystrom_attention(query, key, value, ignored, **settings)
     return out.transpose(1, 2).contiguous(), None
