@@ -198,7 +198,7 @@ def test_strict():
         ValueError, match="include has 'nothing', which matches none of the attention modules"
     ) as caught:
         convert_(model, include="nothing")
-    assert all(f"{name}: not in include" in str(caught.value) for name in (*ALL, *NEVER))
+    assert all(name in str(caught.value) for name in (*ALL, *NEVER))
     report = convert_(model, include="nothing", strict=False)
     assert report.converted == [] and len(report.skipped) == 6
 

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, export
 
 T = pytest.importorskip("transformers")
 from huggingface import Attention, CrossAttention, EitherAttention, M  # noqa: E402
+from transformers import BertConfig, BertModel  # noqa: E402
 
 from nystrom_ext.integrations import transformers as integration  # noqa: E402
 
@@ -54,7 +56,6 @@ BIAS = torch.zeros(1, 4, 20, 20)
         ({"softcap": 2.0}, "softcap=2.0", False),
         ({"s_aux": torch.zeros(4)}, r"s_aux=tensor of shape \(4,\)", False),
         ({"attn_bias": BIAS}, r"attn_bias=tensor of shape \(1, 4, 20, 20\)", False),
-        ({"mask": torch.ones(2, 1, 1, 3, dtype=torch.bool)}, r"mask of shape \(2, 1, 1, 3\)", True),
         ({"mask": torch.ones(2, 20)}, r"a float32 mask of shape \(2, 20\)", True),
     ],
 )
@@ -185,3 +186,28 @@ def test_a_window_is_refused_where_it_may_be_cross_attention(ran):
 def test_what_is_of_no_effect_is_refused_at_the_door():
     with pytest.raises(ValueError, match="unpad=True drops padded tokens before the projections of nn.MultiheadAttent"):
         integration.register("nystrom-unpadded", unpad=True)
+
+
+@pytest.mark.parametrize("exported_at", [M - 2, 50])
+def test_a_model_exported_at_any_length_runs_at_any_other(exported_at):
+    integration.register("nystrom-exported", num_landmarks=M)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=99, **sizes)).eval()
+    model.set_attn_implementation("nystrom-exported")
+    dynamic = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=512)}
+    ids = torch.randint(99, (2, exported_at))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    program = export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dynamic)).module()
+    for batch, length in ((1, M - 1), (3, 70)):
+        ids, keep = torch.randint(99, (batch, length)), torch.ones(batch, length, dtype=torch.long)
+        keep[0, length // 2 :] = 0
+        actual, expected = (run(input_ids=ids, attention_mask=keep)[0][keep.bool()] for run in (program, model))
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_mask_of_another_length_is_a_mistake():
+    module, x = Attention(), torch.randn(2, 2, 20, 4)
+    with pytest.raises(ValueError, match="the attention_mask has 19 entries for 20 tokens; pass one for each"):
+        integration.attention(
+            module, x, x, x, torch.ones(2, 1, 1, 19).bool(), default_options=integration.REGISTERED["nystrom-8"]
+        )
