@@ -1,9 +1,9 @@
 """How the operators may be sharded: their strategies for `torch.distributed.tensor`.
 
-On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards of the
-sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is replicated:
-``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results are those of
-one process, and so are gradients.
+On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards of
+the sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is
+replicated: ``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results
+are those of one process, and so are gradients.
 
 `nystrom_attention` arrives here as ``_attention_forward``, and in `torch.inference_mode` as ``attention``.
 """
@@ -74,8 +74,8 @@ def _strategy(schema: OpSchema) -> OpStrategy:
     )
     if not strategy.strategies:
         raise NotImplementedError(
-            f"nystrom_attention: torch.inference_mode does not redistribute DTensors given by keyword, got {fixed}, which "
-            "fits no split of the call; use torch.no_grad instead"
+            f"nystrom_attention: torch.inference_mode does not redistribute DTensors given by keyword, got {fixed}, "
+            "which fits no split of the call; use torch.no_grad instead"
         )
     return strategy
 
