@@ -1,10 +1,17 @@
 """How the operators may be sharded: their strategies for `torch.distributed.tensor`.
 
+<<<<<<< HEAD
 On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards
 of the sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is
 replicated:
 ``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results are those of
 one process, and so are gradients.
+=======
+On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards of
+the sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is
+replicated: ``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results
+are those of one process, and so are gradients.
+>>>>>>> dtensor
 
 `nystrom_attention` arrives here as ``_attention_forward``, and in `torch.inference_mode` as ``attention``.
 """

@@ -1,6 +1,7 @@
-"""Registrations with parts of torch that cost a second to import and that most programs never use.
+"""Registrations with parts of torch that few programs use and that take long to import: `torch.distributed.tensor` half
+as long as torch itself, `torch.utils.flop_counter` as long as Triton where there is one.
 
-They are made when somebody else imports the part, before or after this package.
+They are made when somebody else imports the part, be it before or after this package.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Registrar(MetaPathFinder):
 
 
 def register(part: str, ours: str) -> None:
-    """Import our module ``ours`` as soon as ``part`` of torch has been imported."""
+    """Import our module ``ours`` as soon as ``part`` of torch has been imported, which may be now."""
     registrar = _Registrar(part, ours)
     if part in sys.modules:
         registrar.register()

@@ -162,15 +162,26 @@ def test_inference_mode_and_no_grad_agree_with_training() -> None:
         assert torch.equal(out, expected) and not out.requires_grad
 
 
-def test_functional_call_and_deterministic_algorithms() -> None:
+def test_functional_call() -> None:
     layer = Layer(num_landmarks=16)
     x = Problem(L=100).tensors(torch.float32)
+    out = torch.func.functional_call(layer, {"scale": torch.tensor(2.0)}, tuple(x))
+    assert torch.equal(out, nystrom_attention(2 * x[0], *x[1:], num_landmarks=16).tanh())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_deterministic_algorithms(name: str, dtype: torch.dtype, device: str) -> None:
+    """Nothing is refused in torch's deterministic mode, where new memory is NaN, and no bit is another."""
+    p = OPCHECKED[name]
+    x = [t.detach().to(device).requires_grad_() for t in p.tensors(dtype)]
+    grad = torch.ones(p.B, p.H, p.L, p.e or p.d, device=device)
+    expected = run(nystrom_attention, p, x, grad)
     torch.use_deterministic_algorithms(True)
     try:
-        out = torch.func.functional_call(layer, {"scale": torch.tensor(2.0)}, tuple(x))
+        assert all(torch.equal(a, b) for a, b in zip(run(nystrom_attention, p, x, grad), expected, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(out, nystrom_attention(2 * x[0], *x[1:], num_landmarks=16).tanh())
 
 
 def test_meta_and_fake_cuda_tensors() -> None:
