@@ -18,7 +18,7 @@ def cast_inputs(function: Function) -> Function:
     @functools.wraps(function)
     def call(query: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind = query.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(query, *args, **kwargs)
         dtype = torch.get_autocast_dtype(kind)
 

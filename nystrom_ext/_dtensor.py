@@ -1,17 +1,9 @@
 """How the operators may be sharded: their strategies for `torch.distributed.tensor`.
 
-<<<<<<< HEAD
-On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards
-of the sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is
-replicated:
-``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results are those of
-one process, and so are gradients.
-=======
 On each dimension of a mesh a call is replicated, split by samples, or split by heads; other placements, as shards of
 the sequence or of the features, are redistributed to the cheapest of these. What couples samples or heads is
 replicated: ``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results
 are those of one process, and so are gradients.
->>>>>>> dtensor
 
 `nystrom_attention` arrives here as ``_attention_forward``, and in `torch.inference_mode` as ``attention``.
 """
@@ -35,6 +27,8 @@ _DIMENSIONS: dict[str, tuple[int | None, int | None]] = {
     "key_padding_mask": (0, None),
     "query_padding_mask": (0, None),
     "rng_state": (None, None),
+    "cu_seqlens_q": (None, None),
+    "cu_seqlens_k": (None, None),
     "conv_weight": (None, 0),
     "dconv_weight": (None, 0),
 }
@@ -76,7 +70,9 @@ def _strategy(schema: OpSchema) -> OpStrategy:
             f"{a['dropout_p']}; use torch.no_grad, or pass 0"
         )
     coupled = a["dropout_p"] > 0 or a.get("global_coefficient") or a.get("coefficient") == "global"
-    ways = [placements(split) for split in ((None,) if coupled else (None, SAMPLES, HEADS))]
+    packed = a.get("cu_seqlens_q") is not None  # sequences in one row, which nobody splits
+    splits = (None,) if coupled else (None, HEADS) if packed else (None, SAMPLES, HEADS)
+    ways = [placements(split) for split in splits]
     strategy = expand_to_full_mesh_op_strategy(
         schema.get_mesh_from_args(), schema, ways, input_index=len(outputs), is_valid_strategy_cb=valid
     )

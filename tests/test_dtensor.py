@@ -121,11 +121,11 @@ def check_inference_mode(mesh: DeviceMesh) -> None:
 def check_dropout(mesh: DeviceMesh) -> None:
     """Drops what one process drops, which only whole tensors can; the operator's own seed is none of the mesh."""
     x, rng = Problem(B=4, H=4).tensors(torch.float64), torch.tensor([1, 2])
-    options = (8, 6, 0.3, 0.5, False, 0, 0)
-    expected = OPS._attention_forward(*(t.detach() for t in x), None, None, None, rng, *options)[0]
+    unpacked, options = (None, None, 0, 0), (8, 6, 0.3, 0.5, False, 0, 0)
+    expected = OPS._attention_forward(*(t.detach() for t in x), None, None, None, rng, *unpacked, *options)[0]
     for of_tokens in (R, BATCH, HEADS):
         y = [place(t.detach(), mesh, of_tokens) for t in x]
-        out = OPS._attention_forward(*y, None, None, None, place(rng, mesh, R), *options)[0]
+        out = OPS._attention_forward(*y, None, None, None, place(rng, mesh, R), *unpacked, *options)[0]
         assert out.placements == (R,)
         assert torch.equal(out.to_local(), expected)
         with pytest.raises(RuntimeError, match="_attention_forward.default.? got mixed torch.Tensor and DTensor"):
