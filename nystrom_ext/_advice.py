@@ -16,13 +16,6 @@ _NYSTROM = (
     "is Nyström attention itself; nystrom_ext.compat.attention(name, q, k, v, mask) in its forward computes what known "
     "implementations compute"
 )
-_LUCIDRAINS = 'nystrom_ext.compat.attention("lucidrains", q, k, v, mask) in its forward computes the same'
-# Packages whose Nyström attention is a known one.
-_PACKAGES = {
-    "nystrom_attention": f"{_LUCIDRAINS}; nystrom_ext.compat.load_state_dict(module, weights, "
-    '"lucidrains") puts its weights into a NystromMultiheadAttention',
-    "torchmil": _LUCIDRAINS,
-}
 
 
 def unknown_attention(modules: Mapping[str, nn.Module], known: Collection[str] = ()) -> str:
@@ -52,7 +45,7 @@ def _is_called_attention(cls: type[nn.Module]) -> bool:
 
 def _advice(cls: type[nn.Module]) -> str:
     if "nystrom" in cls.__name__.replace("ö", "o").lower():
-        return _PACKAGES.get(cls.__module__.partition(".")[0], _NYSTROM)
+        return _NYSTROM
     code = getattr(cls.forward, "__code__", None)
     names = () if code is None else (*code.co_names, *code.co_varnames)
     return (

@@ -13,10 +13,12 @@ from ._causal import causal_by_mask
 from ._choice import Names, Pattern
 from ._masks import added_keys
 from ._patches import own_forward
-from ._swap import is_ours, written_class
+from ._swap import is_ours, match, written_class
+from .integrations import lucidrains
 from .modules import NystromMultiheadAttention, Options
 
-# Libraries whose attention can be converted: they come into play when a model has classes of theirs.
+# Libraries whose attention can be converted: they come into play when a model has classes of theirs. lucidrains' is
+# copied into projects, so that only a look at all modules tells.
 _LIBRARIES = {"timm": "timm", "transformers": "pretrained"}
 
 _STOCK_FILE = inspect.getfile(nn.MultiheadAttention)
@@ -30,14 +32,14 @@ _AFTER_TARGETS = (
 def integrations_of(modules: Iterable[nn.Module]) -> list[Any]:
     libraries = {cls.__module__.partition(".")[0] for module in modules for cls in type(module).__mro__}
     names = [integration for library, integration in _LIBRARIES.items() if library in libraries]
-    return [importlib.import_module(f"{__package__}.integrations.{name}") for name in names]
+    return [lucidrains, *(importlib.import_module(f"{__package__}.integrations.{name}") for name in names)]
 
 
-def swaps_of(integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
-    """Stock class -> our subclass of it."""
+def swaps_of(modules: dict[str, nn.Module], integrations: Iterable[Any]) -> dict[type[nn.Module], Any]:
+    """Stock class -> our subclass of it; a module is of the first that it is an instance of."""
     swaps: dict[type[nn.Module], Any] = {nn.MultiheadAttention: NystromMultiheadAttention}
     for integration in integrations:
-        swaps |= integration.SWAPS
+        swaps |= integration.swaps(modules) if integration is lucidrains else integration.SWAPS
     return swaps
 
 
@@ -48,14 +50,16 @@ def find(modules: dict[str, nn.Module], integrations: Iterable[Any]) -> dict[str
         found |= integration.find(modules)
     decoder_layers = (m for m in modules.values() if isinstance(m, nn.TransformerDecoderLayer))
     causal = {m for layer in decoder_layers for m in layer.self_attn.modules()}  # within an adapter's wrapper as well
-    for stock, ours in swaps_of(integrations).items():
-        for name, module in modules.items():
-            if not isinstance(module, stock):
-                continue
-            cls = type(module)
-            special = written_class(module) is not stock and not isinstance(module, ours)
-            reason = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour" if special else None
-            found[name] = "self-attention of nn.TransformerDecoderLayer, causal by use" if module in causal else reason
+    swaps = swaps_of(modules, integrations)
+    for name, module in modules.items():
+        pair = match(module, swaps)
+        if pair is None or found.get(name) is not None:
+            continue
+        stock, ours = pair
+        cls = type(module)
+        special = written_class(module) is not stock and not isinstance(module, ours)
+        reason = f"{cls.__module__}.{cls.__qualname__} is a subclass with its own behaviour" if special else None
+        found[name] = "self-attention of nn.TransformerDecoderLayer, causal by use" if module in causal else reason
     if (code := nn.MultiheadAttention.forward.__code__).co_filename != _STOCK_FILE:
         patch = f"nn.MultiheadAttention.forward was replaced by {code.co_name}, which conversion does not reach"
         found |= {n: patch for n, m in modules.items() if isinstance(m, nn.MultiheadAttention) and not is_ours(m)}

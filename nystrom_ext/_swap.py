@@ -59,17 +59,23 @@ def _exchange(cls: type, old: type, new: type) -> type:
     return type(cls.__name__.replace(old.__name__, new.__name__), (*mixins, _exchange(base, old, new)), {**vars(cls)})
 
 
-def swap(module: nn.Module, swaps: dict[type[nn.Module], Any], options: Options) -> None:
+def match(module: nn.Module, swaps: Mapping[type[nn.Module], Any]) -> tuple[type[nn.Module], Any] | None:
+    """The first stock class that the module is an instance of, and ours."""
+    return next(((stock, ours) for stock, ours in swaps.items() if isinstance(module, stock)), None)
+
+
+def swap(module: nn.Module, swaps: Mapping[type[nn.Module], Any], options: Options) -> None:
     """Make a stock module ours, by its class. Modules of other kinds are left alone."""
-    for stock, ours in swaps.items():
-        if isinstance(module, stock):
-            if not isinstance(module, ours):
-                module.__class__ = _exchange(type(module), stock, ours)
-                rebind(module, stock)
-                setattr(module, CONVERTED, ours)
-            elif not {CONVERTED, CONSTRUCTED} & vars(module).keys():
-                setattr(module, CONSTRUCTED, present(module, settings(module)))
-            cast(Any, module).configure(options)
+    if (pair := match(module, swaps)) is None:
+        return
+    stock, ours = pair
+    if not isinstance(module, ours):
+        module.__class__ = _exchange(type(module), stock, ours)
+        rebind(module, stock)
+        setattr(module, CONVERTED, ours)
+    elif not {CONVERTED, CONSTRUCTED} & vars(module).keys():
+        setattr(module, CONSTRUCTED, present(module, settings(module)))
+    cast(Any, module).configure(options)
 
 
 def swap_back(modules: Mapping[str, nn.Module]) -> None:

@@ -21,6 +21,7 @@ from ._find import find, integrations_of, refusals, skipped, swaps_of, takes, un
 from ._report import Report
 from ._samples import check_model, self_attention_in
 from ._swap import CONSTRUCTED, CONVERTED, is_ours, present, restore, settings, swap, swap_back
+from .integrations.lucidrains import kept_options
 
 # On an encoder: what its attribute was.
 _STOCK_SETTING = "_stock_use_nested_tensor"
@@ -29,7 +30,7 @@ _STOCK_SETTING = "_stock_use_nested_tensor"
 def convert_(
     model: nn.Module,
     *,
-    num_landmarks: int = 64,
+    num_landmarks: int | None = None,
     include: Pattern | Sequence[Pattern] | None = None,
     exclude: Pattern | Sequence[Pattern] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -40,8 +41,9 @@ def convert_(
 ) -> Report:
     """Make every `nn.MultiheadAttention` in ``model``, itself included, a :class:`NystromMultiheadAttention`, in place.
 
-    The attention of Hugging Face models and `timm.layers.Attention` is converted as well; what stays exact in a Hugging
-    Face model, or in another that shares its config object, runs "sdpa". Each `nn.TransformerEncoder` around a
+    The attention of Hugging Face models, `timm.layers.Attention` and lucidrains' nystrom-attention, copies of it too,
+    are converted as well; what stays exact in a Hugging Face model, or in another that shares its config object, runs
+    "sdpa". Each `nn.TransformerEncoder` around a
     converted module gets ``use_nested_tensor = False``. Modules that are Nyström attention already get the new options.
     Skipped, with a reason in the report: the self-attention of `nn.TransformerDecoderLayer` and other causal attention,
     attention with position biases, windows, other subclasses of `nn.MultiheadAttention`, modules whose ``forward`` was
@@ -62,10 +64,14 @@ def convert_(
         batch: a sample for ``model``, a dict, a tuple or a single tensor: the model runs on it once, as it is, and
             ``self_attention=True`` is set in the modules whose queries and keys are equal without being one tensor.
         num_landmarks, options: keyword options of :class:`NystromMultiheadAttention`, except ``conv_kernel_size``. All
-            are set, those not given to their defaults. They are checked before anything is changed.
+            are set, those not given to their defaults: 64 landmarks. lucidrains' attention keeps what it was built
+            with, and computes what it computed, as long as it is not told otherwise; the report says what that is.
+            They are checked before anything is changed.
     """
     check_model("convert_", model)
-    general = build({"num_landmarks": num_landmarks, **options})
+    if num_landmarks is not None:
+        options = {"num_landmarks": num_landmarks, **options}
+    general = build(options)
     modules = dict(model.named_modules())
     integrations = integrations_of(modules.values())
     found = find(modules, integrations)
@@ -78,7 +84,8 @@ def convert_(
     left = skipped(names, modules, found, include, exclude, filter_fn)
     own = {name: own_options(names, name, options_for) for name in found if name not in left}
     left |= {name: "options_for gives None" for name, layer in own.items() if layer is None}
-    layers = {name: dict(layer) for name, layer in own.items() if layer is not None}
+    kept = {name: {k: v for k, v in kept_options(modules[name]).items() if k not in options} for name in own}
+    layers = {name: {**kept[name], **layer} for name, layer in own.items() if layer is not None}
     if batch is not None and general.self_attention is None:
         for name in self_attention_in(model, list(layers), batch):
             layers[name].setdefault("self_attention", True)
@@ -131,7 +138,7 @@ def nystrom(model: nn.Module, **arguments: Any) -> Iterator[Report]:
 def _convert(modules: dict[str, nn.Module], integrations: list[Any], chosen: dict[str, Any]) -> None:
     for integration in integrations:
         integration.convert(modules, chosen)
-    swaps = swaps_of(integrations)
+    swaps = swaps_of(modules, integrations)
     for name, options in chosen.items():
         swap(modules[name], swaps, options)
     for encoder in modules.values():

@@ -182,7 +182,8 @@ def test_other_libraries_are_imported_only_for_their_models():
         "import nystrom_ext, torch; model = torch.nn.TransformerEncoderLayer(8, 2);"
         "nystrom_ext.convert_(model); nystrom_ext.revert_(model); assert 'transformers' not in sys.modules;"
         "import transformers; nystrom_ext.convert_(model);"
-        "assert not any(name.startswith('nystrom_ext.integrations') for name in sys.modules)"
+        "assert [name for name in sys.modules if name.startswith('nystrom_ext.integrations.')] == "
+        "['nystrom_ext.integrations.lucidrains'] and 'nystrom_attention' not in sys.modules"
     )
 
 
@@ -261,7 +262,7 @@ def test_bad_options_leave_the_model_alone():
     model = build("bert")
     before = snapshot(model)
     for bad in ({"num_landmarks": 0}, {"landmarks": 3}, {"conv_kernel_size": 3}, {"include": "nothing"}):
-        with pytest.raises((ValueError, TypeError), match=next(iter(bad)).replace("include", "4|2 other attention")):
+        with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
             convert_(model, **bad)
     assert snapshot(model) == before
 

@@ -22,9 +22,17 @@ def nystrom(
     q: Tensor, k: Tensor, v: Tensor, qt: Tensor, kt: Tensor, pinv: Callable[[Tensor], Tensor], *biases: Bias
 ) -> Tensor:
     """(F Z) (B V), with ``biases`` added to the scores of F (L, m), A (m, m) and B (m, S)."""
+    f, z, b = factors(q, k, qt, kt, pinv, *biases)
+    return (f @ z) @ (b @ v)
+
+
+def factors(
+    q: Tensor, k: Tensor, qt: Tensor, kt: Tensor, pinv: Callable[[Tensor], Tensor], *biases: Bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F, Z and B of :func:`nystrom`."""
     bias1, bias2, bias3 = biases
     z = pinv((qt @ kt.mT + bias2).softmax(-1))
-    return ((q @ kt.mT + bias1).softmax(-1) @ z) @ ((qt @ k.mT + bias3).softmax(-1) @ v)
+    return (q @ kt.mT + bias1).softmax(-1), z, (qt @ k.mT + bias3).softmax(-1)
 
 
 def pseudo_inverse(a: Tensor, coefficient: str, iterations: int) -> Tensor:
@@ -126,19 +134,28 @@ def lucidrains(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, m: int, iterations: int, *, eps: float = 1e-8
 ) -> tuple[Tensor, Tensor]:
     """lucidrains/nystrom-attention, after its left padding: n is a multiple of m. mask (B, n) bool, True = keep."""
+    f, z, b = lucidrains_factors(q, k, mask, m, iterations, eps)
+    v = v if mask is None else v * mask[:, None, :, None]
+    return (f @ z) @ (b @ v), v
+
+
+def lucidrains_factors(
+    q: Tensor, k: Tensor, mask: Tensor | None, m: int, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F (B, H, n, m), Z (B, H, m, m) and B (B, H, m, n) of :func:`lucidrains`."""
     q = q * q.shape[-1] ** -0.5
     biases: tuple[Bias, ...] = (0, 0, 0)
     if mask is None:
         qt, kt = segment_means(q, m, m), segment_means(k, m, m)
     else:
-        q, k, v = (x * mask[:, None, :, None] for x in (q, k, v))
+        q, k = (x * mask[:, None, :, None] for x in (q, k))
         count = mask.unflatten(-1, (m, -1)).sum(-1)
         qt, kt = (x.unflatten(-2, (m, -1)).sum(-2) / (count + eps)[:, None, :, None] for x in (q, k))
         token, landmark = mask[:, None, :, None], (count > 0)[:, None, :, None]
         pairs = (token, landmark), (landmark, landmark), (landmark, token)
         # A sum with -max is -max, so rows without any pair become uniform, as by the original's masked_fill.
         biases = tuple(q.new_zeros(()).where(a & b.mT, -torch.finfo(q.dtype).max) for a, b in pairs)
-    return nystrom(q, k, v, qt, kt, lambda a: pseudo_inverse(a, "global", iterations), *biases), v
+    return factors(q, k, qt, kt, lambda a: pseudo_inverse(a, "global", iterations), *biases)
 
 
 def xformers(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .._choice import CONVERTED
 from ..modules import Options
+from .lucidrains import layout_of
 from .nystromformer import SWAPS, announce
 from .transformers import REGISTERED, Converted, implementation_of, options_of
 
@@ -44,15 +45,16 @@ def find(modules: dict[str, nn.Module]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     without: dict[str, str | None] = {}
     owners = _owners(modules)
+    others = {name for name, module in modules.items() if isinstance(module, tuple(SWAPS)) or layout_of(module)}
     for name, module in modules.items():
         owner = owners[name]
         if _uses_interface(module):
             found[name] = _reason(module, None if owner is None else modules[owner])
-        elif owner is not None and "Attention" in type(module).__name__ and not isinstance(module, tuple(SWAPS)):
+        elif owner is not None and "Attention" in type(module).__name__ and name not in others:
             model_type = _model_type(modules[owner])
             reason = REFUSED.get(model_type, "its attention does not go through transformers' AttentionInterface")
             without.setdefault(owner, f"{model_type}: {reason}")
-    served = {owners[name] for name in found} | {owners[n] for n, m in modules.items() if isinstance(m, tuple(SWAPS))}
+    served = {owners[name] for name in {*found, *others}}
     return found | {name: reason for name, reason in without.items() if name not in served}
 
 
