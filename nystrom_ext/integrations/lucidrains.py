@@ -36,7 +36,7 @@ def find(modules: dict[str, nn.Module]) -> dict[str, str | None]:
     for name, module in modules.items():
         if layout := layout_of(module):
             found[name] = None if _converted(module) else _trial(module, layout)[0]
-        elif {"to_qkv"} <= set(module._modules) and {"num_pathways", "heads"} <= set(vars(module)):
+        elif "to_qkv" in module._modules and {"num_pathways", "heads"} <= set(vars(module)):
             found[name] = _SURVPATH
     return found
 
