@@ -240,3 +240,20 @@ def test_what_models_pass_along_is_accepted():
     ids, labels = torch.arange(3, 43)[None], torch.tensor([1])
     assert model(ids, labels=labels, num_items_in_batch=torch.tensor(1), output_hidden_states=True).loss > 0
     assert len(model(ids, output_hidden_states=True, return_dict=True).hidden_states) == LAYERS + 1
+
+
+def test_the_trainer_on_flattened_batches(tmp_path):
+    torch.manual_seed(0)
+    config = T.BertConfig(**TEXT, num_labels=3, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    model = T.BertForTokenClassification(config)
+    model.set_attn_implementation("nystrom-8")
+    samples = [{"input_ids": ids.tolist(), "labels": (ids % 3).tolist()} for ids in sequences()]
+    logits = [model(input_ids=ids[None]).logits[0, 1:] for ids in sequences()]  # the collator ignores first labels
+    labels = torch.cat([ids[1:] % 3 for ids in sequences()])
+    expected = nn.functional.cross_entropy(torch.cat(logits), labels)
+    arguments = T.TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=len(samples), report_to=[], save_strategy="no", use_cpu=True
+    )
+    collate = T.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    trainer = T.Trainer(model, arguments, train_dataset=samples, data_collator=collate)
+    assert abs(trainer.train().training_loss - expected.item()) < 1e-5
