@@ -122,6 +122,11 @@ TILES = {
     "one tile": Problem(B=1, H=1, L=64, m=16, d=64),
     "a row over a tile": Problem(B=1, H=2, L=65, m=17, d=64, mask="holes"),
     "a row over a chunk": Problem(B=1, H=1, L=257, m=64, d=64, taps=33),
+    "packed, around a tile": Problem(
+        B=4, H=2, L=130, m=16, d=64, taps=5, mask="tail", packed=True, options={"window": 9, "pinned": 2}
+    ),
+    "packed, over a long chunk": Problem(B=4, H=1, L=1300, m=32, d=32, taps=3, mask="tail", packed=True),
+    "packed, a sample without keys": Problem(B=3, H=4, kv_heads=2, L=80, S=70, m=8, mask="all", packed=True),
     "a row over a long chunk": Problem(B=1, H=1, L=1025, m=32, d=32),
     "m over a tile": Problem(B=1, H=1, L=150, m=65, d=64),
     "m of three tiles": Problem(B=1, H=1, L=300, m=130, d=32, mask="holes"),

@@ -187,7 +187,7 @@ def test_all_tables_have_cells() -> None:
 
 
 def test_other_tables_run(tmp_path: Path, slow_parts_left_out: None, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["landmarks", "head_dim", "heads", "mask", "threads"]
+    chosen = ["landmarks", "head_dim", "heads", "mask", "packed", "threads"]
     results = run(tmp_path, "--no-memory", "--contestants", "nystrom_ext", "two SDPA", "--tables", *chosen)
     assert {cell["table"] for cell in results["cells"]} == set(chosen)
     assert all("median" in cell for cell in results["cells"])

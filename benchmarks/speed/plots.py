@@ -83,7 +83,7 @@ def _speed_up(ax: Axes, lines: dict[str, dict[int, dict[str, Any]]], pass_name: 
 def _memory(ax: Axes, records: list[dict[str, Any]]) -> None:
     points: dict[str, dict[int, float]] = {}
     for record in records:
-        if record["pass"] == "forward+backward" and record.get("bytes"):
+        if record["pass"] == "forward+backward" and record.get("bytes") and record["column"].isdigit():
             points.setdefault(record["contestant"], {})[record["case"]["n"]] = record["bytes"] / 2**20
     for name, values in points.items():
         _plot(ax, name, values)

@@ -56,4 +56,11 @@ for threads, dtype, strided, call in itertools.product((1, 4), DTYPES, (False, T
     out = torch.ops.nystrom_ext.attention(*x[:3], keys, **extra)
     gradients = torch.autograd.grad(out, x, torch.randn_like(out))
     assert all(t.isfinite().all() for t in (out, *gradients)), call
-print(f"{2 * len(DTYPES) * 2 * len(CALLS)} calls on {torch.ops.nystrom_ext._cpu_capability()}")
+
+    tokens = [t.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for t in x[:3]]
+    cu = [torch.tensor([0, len(t) // 3, len(t) // 3, len(t)]) for t in tokens[:2]]
+    extra = {"conv_weight": x[3] if taps else None, **options}
+    out = torch.ops.nystrom_ext.attention_varlen(*tokens, *cu, B * L, B * S, **extra)
+    gradients = torch.autograd.grad(out, [*tokens, *x[3:]], torch.randn_like(out))
+    assert all(t.isfinite().all() for t in (out, *gradients)), call
+print(f"{4 * len(DTYPES) * 2 * len(CALLS)} calls on {torch.ops.nystrom_ext._cpu_capability()}")

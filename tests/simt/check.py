@@ -15,6 +15,7 @@ from simt.kernels import ROOT, build_backend
 
 EVERYTHING = ["tests/test_operator.py", "tests/test_invariance.py"]
 BORDERS = ["tests/test_operator.py", "-k", "borders"]
+PACKED = ["tests/test_varlen.py", "-k", "packed or cross or convolution or views or few or neighbours"]
 FUZZ = ["tests/fuzz", "-k", "configurations"]
 EXTREMES = ["tests/test_extremes.py", "-k", "float64 or bfloat16"]  # one dtype of either engine
 # mode, seed of the schedule, tests
@@ -22,6 +23,7 @@ RUNS = [
     ("plain", 0, EVERYTHING),
     ("plain", 1, BORDERS),
     ("plain", 2, BORDERS),
+    ("plain", 1, PACKED),
     ("plain", 3, FUZZ),
     ("plain", 4, EXTREMES),
     ("race", 3, BORDERS),
