@@ -120,9 +120,10 @@ def test_the_global_coefficient_does_couple_the_batch() -> None:
         Problem(B=2, H=4, L=300, m=16, kv_heads=2, mask="tail", options={"coefficient": "global"}),
         Problem(B=2, H=3, L=40, m=64, options={"dropout_p": 0.2}),
         Problem(B=1, H=2, L=3000, m=16, d=16, options={"window": 16, "pinned": 2}),
+        Problem(B=5, H=4, L=2500, m=16, kv_heads=2, taps=3, mask="tail", packed=True, options={"window": 9}),
         Problem(B=2, H=4, L=300, m=16, kv_heads=2, mask="holes", options={"window": 9, "dropout_p": 0.2}),
     ],
-    ids=["one head", "masked", "grouped, global", "exact, dropout", "window", "window, grouped"],
+    ids=["one head", "masked", "grouped, global", "exact, dropout", "window", "packed", "window, grouped"],
 )
 def test_number_of_threads(p: Problem, dtype: torch.dtype) -> None:
     x = p.tensors(dtype)
@@ -131,7 +132,7 @@ def test_number_of_threads(p: Problem, dtype: torch.dtype) -> None:
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         torch.manual_seed(3)
-        results.append(run(nystrom_attention, p, x, grad))
+        results.append(run(p.attention, p, x, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -21,6 +21,7 @@ Tensor leaf(at::IntArrayRef sizes, at::ScalarType dtype = at::kDouble) {
 
 void expect_close(const Tensor& actual, const Tensor& expected, double tolerance = 1e-10) {
   ASSERT_EQ(actual.sizes(), expected.sizes());
+  if (actual.numel() == 0) return;
   EXPECT_LE((actual.to(at::kDouble) - expected.to(at::kDouble)).abs().max().item<double>(), tolerance);
 }
 
@@ -121,7 +122,7 @@ TEST_F(Api, PackedSequences) {
     EXPECT_TRUE(out.narrow(0, first, n).equal(alone[0].transpose(0, 1)));
     const Tensor own = grad.narrow(0, first, n).transpose(0, 1).unsqueeze(0);
     const Tensor expected = torch::autograd::grad({alone}, {one}, {own})[0];
-    EXPECT_TRUE(gradient.narrow(0, first, n).equal(expected[0].transpose(0, 1)));
+    expect_close(gradient.narrow(0, first, n), expected[0].transpose(0, 1));  // sums of three, in either order
     first += n;
   }
   options.query_padding_mask = at::zeros({4, 40}, at::kBool);
