@@ -31,14 +31,12 @@ struct QueryPassBackward {
   const Dropout dropout;
   char* scratch;
 
-  // Logits and D * dP1 = D * (dO W^T), or zeros where nobody asks for dS1.
+  // Logits and D * dP1 = D * (dO W^T), whether or not somebody asks for dS1: a branch here costs registers.
   __device__ void compute(ColumnTiles<E>& columns, int first, int j, typename E::Scores& logits,
                           typename E::Scores& dp) const {
     columns.load(j);
     logits = Pass::logits(g, queries.tile(0, first), columns, j, scratch);
     if (E::kWindow && s.extended) window.add_bias(logits, first, queries.end, j * E::kCols);
-    dp = {};  // before it is known whether there will be one: its last value need not stay in registers
-    if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), columns.second(j), scratch);
     Pass::drop(dropout, s, first, queries.end, j, dp);
   }
@@ -47,8 +45,6 @@ struct QueryPassBackward {
   __device__ void compute_window(const typename Window<E>::Stream& keys, int first, int tile,
                                  typename E::Scores& logits, typename E::Scores& dp) const {
     logits = window.logits(queries.tile(0, first), keys, tile, first, queries.end, scratch);
-    dp = {};
-    if (!g.wanted.scores()) return;
     dp = E::scores(queries.tile(1, first), keys.tile(1, tile), scratch);
     if (dropout.on()) dropout.apply<E>(window.kept(dropout, keys, tile, first, queries.end), dp);
   }
@@ -117,7 +113,7 @@ struct QueryPassBackward {
     }
   }
 
-  // s dS1 Kt of the row tile at `first`; zeros, and dmissed's share alone, where nobody asks for dQ.
+  // s dS1 Kt of the row tile at `first`.
   __device__ typename E::Output dquery(ColumnTiles<E>& columns, int first, int out0) const {
     typename E::Scores logits, dp;
     A lse[E::kRowsPerThread], delta[E::kRowsPerThread], excess[E::kRowsPerThread] = {};
@@ -125,22 +121,21 @@ struct QueryPassBackward {
     queries.next(first);
     statistics(columns, first, logits, dp, lse, delta);
     typename E::Output dq;
-    const bool misses = E::kWindow && s.extended && g.wanted.scores();
-    for (int j = 0; (g.wanted.query || misses) && j < columns.tiles(); ++j) {
+    for (int j = 0; j < columns.tiles(); ++j) {
       if (columns.tiles() > 1 || (E::kWindow && s.window > 0)) compute(columns, first, j, logits, dp);
       differentiate(logits, dp, lse, delta, excess);
-      if (misses) sum_landmarks(dp, j, missed);
-      if (g.wanted.query) E::accumulate(dq, dp, columns.first(j), out0, scratch);
+      if (E::kWindow && s.extended) sum_landmarks(dp, j, missed);
+      E::accumulate(dq, dp, columns.first(j), out0, scratch);
     }
-    if (misses) store_missed(first, missed);
-    if (E::kWindow && s.window > 0 && g.wanted.query) {
+    if (E::kWindow && s.extended && g.wanted.scores()) store_missed(first, missed);
+    if (E::kWindow && s.window > 0) {
       window.for_each_tile(first, queries.end, [&](const typename Window<E>::Stream& keys, int tile) {
         compute_window(keys, first, tile, logits, dp);
         differentiate(logits, dp, lse, delta, excess);
         E::accumulate(dq, dp, keys.tile(0, tile), out0, scratch);
       });
     }
-    if (g.wanted.query) center(dq, columns.a, first, out0, excess);
+    center(dq, columns.a, first, out0, excess);
     Queries::done();
     return dq;
   }
