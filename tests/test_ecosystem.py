@@ -154,7 +154,7 @@ def test_transformer_refuses_what_is_causal_by_name():
     convert_(model, num_landmarks=M, include="*")
     x = inputs()
     with pytest.raises(NotImplementedError, match="attn_mask is not supported with L=24, S=24 > num_landmarks=4"):
-        model(x, x, memory_mask=torch.zeros(L, L))
+        model(x, x, memory_mask=torch.ones(L, L))
     with pytest.raises(NotImplementedError, match="attn_mask is not supported"):
         model(x, x, src_mask=nn.Transformer.generate_square_subsequent_mask(L), src_is_causal=True)
 

@@ -129,7 +129,7 @@ def test_the_op_is_asked_for_what_autograd_needs(
 def arguments(p: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
     """Those of `_attention_backward` before output_mask."""
     x, grad = leaves(p, dtype)
-    inputs = (*x[:3], None, None, x[3] if p.taps else None, None)
+    inputs = (*x[:3], None, None, x[3] if p.taps else None, *(None,) * 3, 0, 0)  # no masks, dropout or packing
     options = (p.m, 6, 0.3, 0.0, False, p.options.get("window", 0), p.options.get("pinned", 0))
     _, *saved = OPS._attention_forward(*inputs, *options)
     return (grad, *inputs, *saved, *options)
