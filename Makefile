@@ -1,6 +1,6 @@
-# make demo | test | smoke | test-cpp | test-sanitizers | test-timm | test-simt | test-cuda-build | check-cuda | bench |
-# lint | format | clean. Each sets up what it needs in $(VENV) and says so; the C++ tests take CMake and GoogleTest from
-# the system.
+# make demo | test | smoke | test-cpp | test-sanitizers | test-timm | test-torchmil | test-simt | test-cuda-build |
+# check-cuda | bench | lint | format | clean. Each sets up what it needs in $(VENV) and says so; the C++ tests take CMake
+# and GoogleTest from the system.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc tests/simt tests/cpp tests/cpp_consumer -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test smoke test-cpp test-sanitizers test-timm test-simt test-cuda-build check-cuda bench lint format build clean
+.PHONY: demo test smoke test-cpp test-sanitizers test-timm test-torchmil test-simt test-cuda-build check-cuda bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -43,6 +43,13 @@ test-timm: build
 	@echo "== installing timm and torchvision into $(VENV)/timm"
 	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/timm timm torchvision==0.28.0
 	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/test_timm.py tests/test_timm_rope.py tests/test_readme.py $(ARGS)
+
+# torchmil's dependencies would replace torch as well.
+test-torchmil: build
+	@echo "== installing torchmil into $(VENV)/torchmil"
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchmil torchmil==1.0.2 tensordict pyvers \
+		torchmetrics lightning-utilities orjson cloudpickle importlib_metadata zipp h5py pandas python-dateutil six
+	PYTHONPATH=$(VENV)/torchmil $(BIN)/python -m pytest tests/test_torchmil.py $(ARGS)
 
 # The CUDA kernels' source on the CPU: the operator's tests, races, bounds. Needs the CUDA toolkit's headers and no GPU.
 test-simt: build
