@@ -137,15 +137,14 @@ struct LandmarksBackwardParameters : Backward {
 template <class A>
 __device__ void merge_taps(const LandmarksBackwardParameters& g, int64_t h) {
   const Slots slots = row_chunks(g, g.keys);
-  const int64_t tiles = g.output_tiles;
+  const int tiles = int(g.output_tiles), stride = int(g.heads) * tiles;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t t = warp; t < g.taps; t += kMeanThreads / 32) {
+  for (int t = warp; t < g.taps; t += kMeanThreads / 32) {
     A sum = 0;
-    for (int64_t b = 0; b < g.batch; ++b) {
-      const Head s(g, b * g.heads + h);
-      const A* from = static_cast<const A*>(g.dconv_part) + first_part(g, s, slots) * tiles * g.taps;
-      const int64_t used = divide_up(s.keys.count, kRowChunk) * tiles;
-      for (int64_t c = lane; c < used; c += 32) sum += from[(c / tiles * g.heads * tiles + c % tiles) * g.taps + t];
+    for (int b = 0; b < g.batch; ++b) {
+      const A* from = static_cast<const A*>(g.dconv_part) + (slots.begin(b) * g.heads + h) * tiles * g.taps + t;
+      const int used = int(divide_up(Side(g.keys, b, g.landmarks).count, kRowChunk)) * tiles;
+      for (int c = lane; c < used; c += 32) sum += from[(int64_t(c / tiles) * stride + c % tiles) * g.taps];
     }
     sum = warp_sum(sum);
     if (lane == 0) static_cast<A*>(g.dconv)[h * g.taps + t] = sum;
