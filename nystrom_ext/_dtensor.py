@@ -5,7 +5,8 @@ the sequence or of the features, are redistributed to the cheapest of these. Wha
 replicated: ``coefficient="global"``, and dropout, which draws by the numbers of the sample and of the head. So results
 are those of one process, and so are gradients.
 
-`nystrom_attention` arrives here as ``_attention_forward``, and in `torch.inference_mode` as ``attention``.
+`nystrom_attention` and `nystrom_attention_varlen` arrive here as ``_attention_forward``, and in `torch.inference_mode`
+as ``attention`` and ``attention_varlen``. Packed sequences are replicated or split by heads.
 """
 
 from __future__ import annotations
@@ -97,5 +98,5 @@ def _register(op: torch._ops.OpOverload) -> None:
 
 
 _OPS = torch.ops.nystrom_ext
-for _op in (_OPS.attention, _OPS._attention_forward, _OPS._attention_backward):
+for _op in (_OPS.attention, _OPS.attention_varlen, _OPS._attention_forward, _OPS._attention_backward):
     _register(_op.default)

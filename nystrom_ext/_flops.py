@@ -7,10 +7,13 @@ csrc/mathematics.md, in its names; ignored tokens count, as shapes do not know t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._schema import bind
@@ -19,15 +22,14 @@ _OPS = torch.ops.nystrom_ext
 
 
 class _Call:
-    """The sizes of a call, from the shapes and options that the operator was given, by name."""
+    """The sizes of one sample and head."""
 
-    def __init__(self, a: dict[str, Any]) -> None:
-        self.batch, self.heads, self.L, self.d = a["query"]
-        self.S, self.e = a["value"][2:]
-        self.m, self.iterations, self.pinned = a["num_landmarks"], a["pinv_iterations"], a["pinned"]
-        self.window = min(a["window"], self.S - 1)
-        self.taps = a["conv_weight"][1] if a["conv_weight"] else 0
-        self.exact = min(self.L, self.S) <= self.m or self.S <= self.pinned
+    def __init__(self, L: int, S: int, d: int, e: int, options: dict[str, Any]) -> None:
+        self.L, self.S, self.d, self.e = L, S, d, e
+        self.m, self.iterations, self.pinned = (options[x] for x in ("num_landmarks", "pinv_iterations", "pinned"))
+        self.window = min(options["window"], S - 1)
+        self.taps = 0 if options["conv_weight"] is None else options["conv_weight"].shape[1]
+        self.exact = min(L, S) <= self.m or S <= self.pinned
 
     @property
     def in_window(self) -> int:
@@ -81,14 +83,32 @@ def _backward(c: _Call, dq: bool, dk: bool, dv: bool, dconv: bool) -> int:
     return query_pass + core + key_pass + convolution
 
 
-def _register(op: Any, multiplications: Callable[[dict[str, Any]], int]) -> None:
-    @register_flop_formula(op)
-    def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _register(op: Any, multiplications: Callable[[_Call, dict[str, Any]], int]) -> None:
+    @register_flop_formula(op, get_raw=True)
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         a = bind(op.default, args, kwargs)
-        batch, heads = a["query"][:2]
-        return 2 * batch * heads * multiplications(a)
+        heads, d, e = a["query"].shape[1], a["query"].shape[-1], a["value"].shape[-1]
+        return 2 * heads * sum(n * multiplications(_Call(L, S, d, e, a), a) for (L, S), n in _lengths(a).items())
 
 
-_register(_OPS.attention, lambda a: _forward(_Call(a)))
-_register(_OPS._attention_forward, lambda a: _forward(_Call(a)))
-_register(_OPS._attention_backward, lambda a: _backward(_Call(a), *a.get("output_mask", (True,) * 4)))
+def _lengths(a: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """How many samples have so many queries and keys."""
+    if a.get("cu_seqlens_q") is None:
+        batch, _, L, _ = a["query"].shape
+        return Counter({(L, a["key"].shape[2]): batch})
+    dimension = 0 if a["query"].dim() == 3 else 2  # of the tokens: (total, H, d), inside (1, H, total, d)
+    sides = ((a["cu_seqlens_q"], a["query"]), (a["cu_seqlens_k"], a["key"]))
+    return Counter(zip(*(_parts(offsets, x.shape[dimension]) for offsets, x in sides), strict=True))
+
+
+def _parts(offsets: Tensor, total: int) -> list[int]:
+    """The lengths of packed sequences; where only shapes are known, as if they were equal."""
+    if isinstance(offsets, FakeTensor) or offsets.is_meta:
+        n = len(offsets) - 1
+        return [total * (i + 1) // n - total * i // n for i in range(n)]
+    return offsets.diff().tolist()
+
+
+for _op in (_OPS.attention, _OPS.attention_varlen, _OPS._attention_forward):
+    _register(_op, lambda call, _: _forward(call))
+_register(_OPS._attention_backward, lambda call, a: _backward(call, *a["output_mask"]))

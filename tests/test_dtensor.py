@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nystrom_ext import NystromMultiheadAttention, convert_, nystrom_attention
+from nystrom_ext import NystromMultiheadAttention, convert_, nystrom_attention, nystrom_attention_varlen
 
 OPS = torch.ops.nystrom_ext
 R, BATCH, HEADS, TOKENS, FEATURES = Replicate(), Shard(0), Shard(1), Shard(2), Shard(3)
@@ -116,6 +116,25 @@ def check_inference_mode(mesh: DeviceMesh) -> None:
             attention(p, y, *(place(mask, mesh, BATCH) for mask in p.masks()))
         with pytest.raises(NotImplementedError, match="dropout of DTensors .* use torch.no_grad"):
             nystrom_attention(*y[:3], dropout_p=0.1)
+
+
+def check_packed_sequences(mesh: DeviceMesh) -> None:
+    x = [t[0].transpose(0, 1).detach().requires_grad_() for t in Problem(B=1, H=4, L=100).tensors(torch.float64)]
+    offsets = torch.tensor([0, 60, 66, 66, 100])
+
+    def packed(x: list[Any], offsets: Any) -> Any:
+        return nystrom_attention_varlen(*x, offsets, offsets, 60, 60, num_landmarks=8)
+
+    out = packed(x, offsets)
+    expected = [out, *torch.autograd.grad(out.square().sum(), x)]
+    for of_tokens, found in ((R, R), (HEADS, HEADS), (BATCH, R)):  # the tokens are the first dimension
+        y, everywhere = [place(t, mesh, of_tokens) for t in x], place(offsets, mesh, R)
+        out = packed(y, everywhere)
+        assert out.placements == (found,)
+        assert_close(full([out, *torch.autograd.grad(out.square().sum(), y)]), expected)
+        with torch.inference_mode():
+            out = packed([place(t.detach(), mesh, of_tokens) for t in x], place(offsets, mesh, R))
+            assert_close(out.full_tensor(), expected[0])
 
 
 def check_dropout(mesh: DeviceMesh) -> None:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from nystrom_ext import _flops, nystrom_attention, reference
+from nystrom_ext import nystrom_attention, nystrom_attention_varlen, reference
 
 OPS = torch.ops.nystrom_ext
 
@@ -38,18 +38,39 @@ def test_against_the_products_of_the_reference(p: Problem) -> None:
     assert counted(p) == (forward, backward + again)
 
 
-@pytest.mark.parametrize("wanted", [w for n in range(5) for w in itertools.combinations(range(4), n)], ids=str)
+@pytest.mark.parametrize("wanted", [w for n in range(1, 5) for w in itertools.combinations(range(4), n)], ids=str)
 def test_gradients_that_nobody_wants_do_not_count(wanted: tuple[int, ...]) -> None:
-    """Through the formula: whether the operator is told depends on its schema."""
-    p = Problem(L=300, S=300, e=12, taps=3)
-    sizes = {"query": (p.B, p.H, 300, p.d), "value": (p.B, p.H, 300, 12), "conv_weight": (p.H, 3)}
-    call = _flops._Call({**sizes, "num_landmarks": p.m, "pinv_iterations": 6, "window": 0, "pinned": 0})
-    convolution = 2 * p.B * p.H * 3 * 300 * 12 * ((2 in wanted) + (3 in wanted))
-    tokens = [i for i in wanted if i < 3]
-    products = counted(dataclasses.replace(p, taps=0), reference.nystrom_attention, tokens)[1] if tokens else 0
-    again = 2 * p.B * p.H * (2 * 300 * p.m * p.d + p.m**2 * p.d + 24 * p.m**3) if tokens else 0
-    mask = [i in wanted for i in range(4)]
-    assert 2 * p.B * p.H * _flops._backward(call, *mask) == products + again + convolution
+    p = Problem(L=300, e=12, taps=3)
+    products = 2 * p.B * p.H * 3 * 300 * 12 * ((2 in wanted) + (3 in wanted))
+    if tokens := [i for i in wanted if i < 3]:
+        products += counted(dataclasses.replace(p, taps=0), reference.nystrom_attention, tokens)[1]
+        products += 2 * p.B * p.H * (2 * 300 * p.m * p.d + p.m**2 * p.d + 24 * p.m**3)
+    assert counted(p, wanted=wanted)[1] == products
+
+
+@pytest.mark.parametrize("taps", [0, 3])
+def test_packed_sequences_count_as_calls_of_their_own(taps: int) -> None:
+    lengths = (300, 6, 0, 40)
+    alone = [counted(Problem(B=1, L=n, taps=taps)) for n in lengths if n]
+    x = Problem(B=1, L=sum(lengths), taps=taps).tensors(torch.float32)
+    packed, weight = [t[0].transpose(0, 1) for t in x[:3]], x[3] if taps else None
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    with FlopCounterMode(display=False) as flops:
+        out = nystrom_attention_varlen(*packed, offsets, offsets, 300, 300, num_landmarks=8, conv_weight=weight)
+        forward = flops.get_total_flops()
+        out.sum().backward()
+    assert (forward, flops.get_total_flops() - forward) == tuple(map(sum, zip(*alone, strict=True)))
+    with torch.inference_mode(), FlopCounterMode(display=False) as flops:
+        nystrom_attention_varlen(*packed, offsets, offsets, 300, 300, num_landmarks=8, conv_weight=weight)
+    assert flops.get_total_flops() == forward
+
+
+def test_packed_sequences_of_unknown_lengths_count_as_equal_ones() -> None:
+    with torch._subclasses.FakeTensorMode(), FlopCounterMode(display=False) as flops:
+        x, offsets = torch.empty(301, 2, 8), torch.empty(3, dtype=torch.long)
+        nystrom_attention_varlen(x, x, x, offsets, offsets, 301, 301, num_landmarks=8)
+    halves = [counted(Problem(B=1, L=n))[0] for n in (150, 151)]
+    assert flops.get_total_flops() == sum(halves)
 
 
 @pytest.mark.parametrize("p", [Problem(L=300, S=6, e=12), Problem(L=6, S=300), Problem(L=6)], ids=str)
