@@ -24,7 +24,8 @@ struct AttentionOptions {
 };
 
 // query (B, H, L, d), key (B, H_kv, S, d), value (B, H_kv, S, e) -> (B, H, L, e); key_padding_mask (B, S) bool,
-// true = ignore. float64, float32, bfloat16, float16; any strides. Differentiable once.
+// true = ignore. float64, float32, bfloat16, float16; any strides. Differentiable; beyond the first gradient in a
+// process that has imported the Python package.
 NYSTROM_API at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const std::optional<at::Tensor>& key_padding_mask = std::nullopt,
                                  const AttentionOptions& options = {});

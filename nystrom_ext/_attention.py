@@ -55,6 +55,9 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
                 "same object as both for self-attention (x = x.mT; attention(x, x, x))"
             )
         return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func, which hides the memory
+    if alike and wrapped(a) and wrapped(b):
+        return same_tensor(torch._C._functorch.get_unwrapped(a), torch._C._functorch.get_unwrapped(b))
     return alike and a.storage_offset() == b.storage_offset() and _C._is_alias_of(a, b)
 
 

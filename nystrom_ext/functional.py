@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, _weights  # noqa: F401  registers the ops
+from . import _library, _transforms, _weights  # noqa: F401  register the ops
 from ._options import count
 from ._warnings import warn_once
 
@@ -63,8 +63,10 @@ def nystrom_attention(
             keys and a ``key_padding_mask`` alone, a warning, as nobody knows whose tokens the padded queries are.
 
     Returns:
-        (B, H, L, e), stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable once with respect to
-        query, key, value and conv_weight.
+        (B, H, L, e), stored so that ``.transpose(1, 2).flatten(2)`` is a view. Differentiable with respect to
+        query, key, value and conv_weight, and again, and in forward mode (`torch.func`, gradient penalties): beyond a
+        first ``.backward()`` by ATen's operations in place of the kernels, some ten times as slow as that, in
+        O((L + S) (m + window)) memory.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; the message names the rule and the way out.

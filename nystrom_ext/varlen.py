@@ -55,7 +55,8 @@ def nystrom_attention_varlen(
         key_padding_mask, query_padding_mask: refused, packed sequences have no padding.
 
     Returns:
-        (total_q, H, e). Differentiable once with respect to query, key, value and conv_weight.
+        (total_q, H, e). Differentiable as :func:`nystrom_attention` is; beyond a first gradient by way of a padded
+        batch.
 
     Raises:
         ValueError: tensors or options that do not fit; the message names the rule and the way out.

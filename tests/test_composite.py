@@ -1,4 +1,4 @@
-"""The operator's formula in ATen operations against the reference: results, higher derivatives, transforms, graphs."""
+"""The operator's formula in ATen operations against the reference: results, gradients, graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from problems import DTYPES, Problem, bar, names, relative_rms, run
 from test_operator import PROBLEMS
 from torch import Tensor
 from torch.export import Dim
-from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from nystrom_ext import _columns, reference
 from nystrom_ext._composite import attention, factors
@@ -18,12 +17,12 @@ from nystrom_ext._problem import Problem as Call
 from tests.fuzz.configurations import configuration
 
 SMALL = {
-    "self": Problem(B=2, H=2, L=12, m=3, d=3, e=2, taps=3, mask="holes"),
+    "self": Problem(B=2, H=2, L=10, m=3, d=3, e=2, taps=3, mask="holes"),
     "cross": Problem(B=1, H=2, L=11, S=7, m=3, d=3, mask="tail"),
     "few queries": Problem(B=2, H=1, L=3, S=9, m=4, d=2),
     "few keys, grouped": Problem(B=2, H=2, L=9, S=4, m=4, d=2, kv_heads=1),
     "every regime": Problem(B=4, H=1, L=12, S=14, m=6, d=2, mask="all"),
-    "global": Problem(B=2, H=2, L=12, m=3, d=3, options={"coefficient": "global"}),
+    "global": Problem(B=2, H=2, L=8, m=3, d=2, options={"coefficient": "global"}),
     "window": Problem(B=1, H=2, L=14, m=3, d=3, e=2, kv_heads=1, mask="holes", options={"window": 2, "pinned": 1}),
     "pinned": Problem(B=1, H=1, L=14, m=4, d=2, options={"pinned": 5}),
     "window, empty samples": Problem(B=3, H=1, L=14, m=4, d=2, mask="all", options={"window": 1}),
@@ -85,33 +84,9 @@ def test_matches_the_reference_in_configurations_of_the_fuzzer(first: int) -> No
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_first_and_second_derivatives(name: str) -> None:
+def test_gradients(name: str) -> None:
     p = SMALL[name]
-    x, tolerances = p.tensors(torch.float64), {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}
-    assert torch.autograd.gradcheck(function(p), x, **tolerances)
-    assert torch.autograd.gradgradcheck(function(p), x, **tolerances)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_transforms(name: str) -> None:
-    """vmap over everything, over one argument, and of a gradient; a directional derivative; a Hessian."""
-    p = SMALL[name]
-    f, x = function(p), [t.detach() for t in p.tensors(torch.float64)]
-    stacks = [torch.stack([t, 2 * t, t.flip(-1)]) for t in x]
-    torch.testing.assert_close(vmap(f)(*stacks), torch.stack([f(*one) for one in zip(*stacks, strict=True)]))
-    torch.testing.assert_close(
-        vmap(lambda key: f(x[0], key, *x[2:]))(stacks[1]), torch.stack([f(x[0], key, *x[2:]) for key in stacks[1]])
-    )
-
-    def loss(*tensors: Tensor) -> Tensor:
-        return f(*tensors).square().sum()
-
-    gradients = vmap(grad(loss))(*stacks)
-    torch.testing.assert_close(gradients[1], grad(loss)(*[t[1] for t in stacks]))
-    direction = torch.randn_like(x[0])
-    slope = jvp(lambda query: f(query, *x[1:]), (x[0],), (direction,))[1]
-    torch.testing.assert_close(slope, torch.einsum("...bhld,bhld", jacrev(f)(*x), direction))
-    assert hessian(loss)(*x).isfinite().all()
+    assert torch.autograd.gradcheck(function(p), p.tensors(torch.float64), eps=1e-6, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("content", [torch.nan, torch.inf, 1e30])

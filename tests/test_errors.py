@@ -74,13 +74,6 @@ def test_message(name: str) -> None:
         nystrom_attention(**arguments)
 
 
-def test_double_backward_is_refused_by_name() -> None:
-    x = torch.randn(1, 1, 100, 8, requires_grad=True)
-    (g,) = torch.autograd.grad(nystrom_attention(x, x, x, num_landmarks=8).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="nystrom_attention does not support double backward"):
-        torch.autograd.grad(g.sum(), x)
-
-
 def test_internal_ops_check_too() -> None:
     """Nothing reached through torch.ops may read out of bounds."""
     forward, backward = torch.ops.nystrom_ext._attention_forward, torch.ops.nystrom_ext._attention_backward

@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 @both
 @pytest.mark.parametrize("tokens", [60, 6], ids=["nystrom", "exact"])
-def test_vmap_is_a_loop(tokens: int, options: dict[str, int]) -> None:
+def test_vmap(tokens: int, options: dict[str, int]) -> None:
     """Over queries, keys and masks together, over keys and values alone, and over another dimension than the first."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 4, 2, 2, tokens, 8, dtype=torch.float64, requires_grad=True)
@@ -40,19 +40,6 @@ def test_vmap_is_a_loop(tokens: int, options: dict[str, int]) -> None:
     )
     expected = [attention(query[0], k, v, None) for k, v in zip(key, value, strict=True)]
     assert torch.equal(keys, torch.stack(expected, 1))
-
-
-def test_transforms_of_functorch_are_refused_by_name() -> None:
-    x = torch.randn(1, 2, 50, 8)
-    with pytest.raises(NotImplementedError, match="nystrom_attention does not support torch.func's grad, .* use "):
-        torch.func.grad(lambda q: nystrom_attention(q, q, q, num_landmarks=8).sum())(x)
-
-
-@both
-def test_second_derivatives_are_refused_by_name(options: dict[str, int]) -> None:
-    x = Problem(L=20, m=4, d=2).tensors(torch.float64)
-    with pytest.raises(NotImplementedError, match="does not support double backward"):
-        torch.autograd.gradgradcheck(lambda *x: nystrom_attention(*x, num_landmarks=4, **options), x)
 
 
 @both

@@ -240,6 +240,13 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+template <class Op>
+auto call(const Op& op, const Arguments& a) {
+  return op.call(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
+                 a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.num_landmarks, a.pinv_iterations,
+                 a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
+}
+
 }  // namespace
 
 void register_backend(at::DeviceType device, const Backend& backend) { backends()[size_t(device)] = &backend; }
@@ -263,9 +270,15 @@ Arguments resolve_packed(const at::Tensor& query, const at::Tensor& key, const a
 
 ForwardResult call_forward(const Arguments& a) {
   static const auto op = find<ForwardOp>("nystrom_ext::_attention_forward");
-  return op.call(a.query, a.key, a.value, a.key_padding_mask, a.query_padding_mask, a.conv_weight, a.rng_state,
-                 a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k, a.num_landmarks, a.pinv_iterations,
-                 a.scale, a.dropout_p, a.global_coefficient, a.window, a.pinned);
+  return call(op, a);
+}
+
+at::Tensor call_composite(const Arguments& a) {
+  static const auto op = find<CompositeOp>("nystrom_ext::_attention_composite");
+  TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd),
+                              "nystrom_attention: derivatives of gradients, forward-mode derivatives and torch.func "
+                              "need the Python package; import nystrom_ext in this process");
+  return call(op, a);
 }
 
 BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& s, GradientMask output_mask) {

@@ -48,14 +48,17 @@ struct Saved {
   at::Tensor qt, kt, u, lse, w, missed;
 };
 
-// The signatures of `_attention_forward` and `_attention_backward`.
-using ForwardOp = ForwardResult(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
-                                const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
-                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, int64_t num_landmarks,
-                                int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
-                                int64_t window, int64_t pinned);
+// The signatures of `_attention_forward`, `_attention_composite` and `_attention_backward`.
+template <class Result>
+using OpOfArguments = Result(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             const OptionalTensor& key_padding_mask, const OptionalTensor& query_padding_mask,
+                             const OptionalTensor& conv_weight, const OptionalTensor& rng_state,
+                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, int64_t num_landmarks,
+                             int64_t pinv_iterations, double scale, double dropout_p, bool global_coefficient,
+                             int64_t window, int64_t pinned);
+using ForwardOp = OpOfArguments<ForwardResult>;
+using CompositeOp = OpOfArguments<at::Tensor>;
 using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
                                   const at::Tensor& value, const OptionalTensor& key_padding_mask,
                                   const OptionalTensor& query_padding_mask, const OptionalTensor& conv_weight,
@@ -68,6 +71,7 @@ using BackwardOp = BackwardResult(const at::Tensor& grad, const at::Tensor& quer
                                   int64_t pinned, GradientMask output_mask);
 
 ForwardResult call_forward(const Arguments& a);
+at::Tensor call_composite(const Arguments& a);
 BackwardResult call_backward(const at::Tensor& grad, const Arguments& a, const Saved& saved, GradientMask output_mask);
 
 // The public ops' arguments as the internal ops take them: defaults resolved, the dropout's seed drawn.

@@ -48,6 +48,15 @@ TORCH_LIBRARY(nystrom_ext, m) {
       "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dconv_weight)",
       {at::Tag::pt2_compliant_tag});
 
+  // `_attention_forward`'s out in differentiable ATen operations, for derivatives that the kernels have not.
+  // Implemented in Python, nystrom_ext/_composite.py.
+  m.def(
+      "_attention_composite(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? "
+      "query_padding_mask, Tensor? conv_weight, Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, int num_landmarks, int pinv_iterations, float scale, "
+      "float dropout_p, bool global_coefficient, int window, int pinned) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+
   // The instruction set of the CPU kernels in use: default, avx2 or avx512.
   m.def("_cpu_capability() -> str");
 }
