@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import gradients, stages
-from .cases import ONE_LONG, PASSES, Case
+from .cases import MODULES, ONE_LONG, PASSES, Case
 
 COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
 EXACT = {("forward", 512): 2.0, ("forward", 4096): 22.0, ("forward+backward", 4096): 20.0}
@@ -57,6 +57,7 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         bar("n = 1,000,000 runs forward+backward", _million(cells), True),
         *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in ("H=1", "H=8")),
         *_packed(cells, results["memory"]),
+        *_modules(cells),
         bar("thread count and batch mates change no bit", same, True),
         bar("half padding / none, forward", _padding(cells), 0.6, at_most=True),
     ]
@@ -141,6 +142,14 @@ def _packed(cells: Cells, memory: list[dict[str, Any]]) -> Iterator[dict[str, An
             yield bar(name, record["bytes"] / 2**20, limit / 2**20, at_most=True)
     ratio = cells.ratio("threads", "forward", "1 thread", "2 threads", ONE_LONG)
     yield bar(f"1 thread / 2 threads, packed, {ONE_LONG}", ratio, 1.7)
+
+
+def _modules(cells: Cells) -> Iterator[dict[str, Any]]:
+    stock, ours, never = MODULES
+    ratio = cells.ratio("modules", "forward", ours, stock, 4096)
+    yield bar("NystromMultiheadAttention / nn.MultiheadAttention, called alike, n = 4096", ratio, 1.0, at_most=True)
+    ratio = cells.ratio("modules", "forward", stock, never, 4096)
+    yield bar("nn.MultiheadAttention / ours with need_weights='never', n = 4096", ratio, 15.0)
 
 
 def _million(cells: Cells) -> bool | None:

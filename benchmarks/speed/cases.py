@@ -11,8 +11,9 @@ import torch
 from . import peers
 
 ONE_LONG = "65,536 + 31 x 64"  # a sequence among short ones
+MODULES = ("nn.MultiheadAttention", "NystromMultiheadAttention", 'with need_weights="never"')  # as they are called
 PASSES = {"forward": False, "forward+backward": True}
-TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "packed", "threads", "million")
+TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "packed", "modules", "threads", "million")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def tables(args: argparse.Namespace) -> dict[str, list[list[Entry]]]:
         ),
         "mask": [[replace(half, row="nystrom_ext", contestant="nystrom_ext"), half]],
         "packed": [packed(base)],
+        "modules": [[Entry("modules", name, str(n), name, replace(base, d=32), 1) for name in MODULES]],
         "threads": [
             *(_threads(replace(base, heads=h), f"H={h}") for h in (1, 8)),
             _threads(replace(base, batch=1, heads=8, n=65536 + 31 * 64), ONE_LONG, "nystrom_ext, one long"),

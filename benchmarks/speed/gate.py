@@ -81,7 +81,7 @@ def _reference(name: str, case: Case, coefficient: str, inputs: list[Tensor]) ->
     if kind == "one long":
         pieces = zip(*(x[:1].split(peers.one_long(case), 2) for x in inputs), strict=True)
         return torch.cat([reference.nystrom_attention(*piece, num_landmarks=case.m) for piece in pieces], 2)
-    landmarks = case.n if kind == "exact" else case.m  # as many landmarks as tokens is exact attention
+    landmarks = case.n if kind in ("exact", "stock") else case.m  # as many landmarks as tokens is exact attention
     options = peers.WINDOW if kind == "windowed" else {}
     return reference.nystrom_attention(
         *inputs, mask, query_padding_mask=mask, num_landmarks=landmarks, coefficient=coefficient, **options

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nystrom_ext import nystrom_attention, nystrom_attention_varlen
+from nystrom_ext import NystromMultiheadAttention, nystrom_attention, nystrom_attention_varlen
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -225,6 +226,26 @@ def huggingface(case: Case) -> Contestant:
     return _of_layer(layer, ("query", "key", "value"), case, "global")
 
 
+def _module(case: Case, module: nn.Module) -> Contestant:
+    """The default call, which asks for weights, with projections that change nothing and cost what they cost."""
+    eye = torch.eye(case.heads * case.d)
+    module.load_state_dict({"in_proj_weight": eye.repeat(3, 1), "out_proj.weight": eye}, strict=False)
+    module = _finish(module, case)
+    return Contestant(lambda *x: module(*x)[0], lambda *x: tuple(map(merged, x)), merged)
+
+
+def stock_module(case: Case) -> Contestant:
+    return _module(case, nn.MultiheadAttention(case.heads * case.d, case.heads, batch_first=True))
+
+
+def our_module(case: Case, **options: str) -> Contestant:
+    width, landmarks = case.heads * case.d, case.m
+    return _module(
+        case,
+        NystromMultiheadAttention(width, case.heads, batch_first=True, num_landmarks=landmarks, **options),
+    )
+
+
 def linformer(case: Case) -> Contestant:
     """Keys and values projected to m rows."""
     from linformer import LinformerSelfAttention
@@ -266,13 +287,16 @@ BUILDERS: dict[str, tuple[str, Callable[[Case], Contestant]]] = {
     "Linformer": ("rival", linformer),
     "Performer": ("rival", performer),
     "Reformer": ("rival", reformer),
+    "nn.MultiheadAttention": ("stock", stock_module),
+    "NystromMultiheadAttention": ("module", our_module),
+    'with need_weights="never"': ("module", partial(our_module, need_weights="never")),
     "nystrom_ext, padded": ("padded", ours_padded),
     "nystrom_ext, ragged": ("ragged", ours_ragged),
     "nystrom_ext, packed": ("ragged", ours_packed),
     "nystrom_ext, one long": ("one long", ours_one_long),
 }
 KINDS = {name: kind for name, (kind, _) in BUILDERS.items()}
-NAMES = tuple(name for name, kind in KINDS.items() if kind not in ("padded", "ragged", "one long"))
+NAMES = tuple(name for name, kind in KINDS.items() if kind not in ("stock", "module", "padded", "ragged", "one long"))
 PACKAGES = {
     "lucidrains": "nystrom-attention",
     "Hugging Face": "transformers",
