@@ -43,6 +43,23 @@ def test_vmap(tokens: int, options: dict[str, int]) -> None:
 
 
 @both
+def test_deterministic_mode(options: dict[str, int]) -> None:
+    """Nothing is refused in it, and every run has the same bits: results, gradients, and gradients of those."""
+    p, before = Problem(L=60, options=options, mask="all"), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            x = p.tensors(torch.float32)
+            out = nystrom_attention(*x[:3], *p.masks()[:1], self_attention=True, num_landmarks=8, **options)
+            first = torch.autograd.grad(out.square().sum(), x[:3], create_graph=True)
+            runs.append([out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), x[:3])])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@both
 def test_anomaly_mode(options: dict[str, int]) -> None:
     p = Problem(L=60, options=options, mask="all")
     x = p.tensors(torch.float32)
