@@ -89,7 +89,7 @@ def test_first_and_second_derivatives(name: str) -> None:
     p = SMALL[name]
     x, tolerances = p.tensors(torch.float64), {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}
     assert torch.autograd.gradcheck(function(p), x, **tolerances)
-    assert torch.autograd.gradgradcheck(function(p), x, **tolerances)
+    assert torch.autograd.gradgradcheck(function(p), x, fast_mode=True, **tolerances)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -225,11 +225,9 @@ def test_one_graph_for_all_lengths(name: str) -> None:
         *x, mask, query_mask = inputs(batch, queries, queries if itself else keys)
         expected = reference.nystrom_attention(*x, mask, query_padding_mask=query_mask, **GRAPHS[name])
         torch.testing.assert_close(program.module()(*x, mask, query_mask), expected, atol=2e-5, rtol=1e-4)
-    if name in ("window over everything", "every token a landmark"):
-        return
-    for node in program.graph.nodes:
-        shape = getattr(node.meta.get("val"), "shape", ())
-        assert sum("L" in str(size) or "s" in str(size) for size in shape[1:]) < 2, (node, shape)
+    shapes = [getattr(node.meta.get("val"), "shape", ()) for node in program.graph.nodes]
+    dense = any(sum(isinstance(size, torch.SymInt) for size in shape[1:]) > 1 for shape in shapes)
+    assert dense == (name in ("window over everything", "every token a landmark"))
 
 
 def test_dropout_needs_a_state() -> None:
