@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compat_problems import keep_mask
+from mil_models import TransMIL, package, vendored
 from module_problems import E, L, M, N, S, f64, make, padding
+from test_weights import allocated
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from nystrom_ext import NystromMultiheadAttention
+from nystrom_ext import NystromMultiheadAttention, convert_, nystrom_attention_weights, revert_
+from nystrom_ext.compat.lucidrains import NystromAttention
 
 ROWS = [3, -1, 0, 3]
 
@@ -103,3 +107,88 @@ def test_rows_compiled():
     m, x = make(batch_first=True), torch.randn(N, L, E, dtype=f64)
     compiled = torch.compile(m.attention_rows, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, [0, 2]), m.attention_rows(x, [0, 2]))
+
+
+# lucidrains' attention
+
+
+SIZES = {"dim": 12, "dim_head": 5, "heads": 3, "num_landmarks": 8, "residual_conv_kernel": 5}
+
+
+def class_token(model, bag):
+    """The input of the second layer's attention, without its weights."""
+    seen = []
+    handle = model.layer2.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(bag)
+    handle.remove()
+    return model.layer2.attn.attention_rows(seen[0], [0])
+
+
+@pytest.mark.parametrize("source", ["package", "copy"])
+@pytest.mark.parametrize("dtype", [torch.float32, f64], ids=str)
+def test_the_class_token_of_transmil(source, dtype, monkeypatch):
+    """82 tokens behind 14 zeros in the package's matrix; and nothing of its size is made."""
+    torch.manual_seed(0)
+    model = TransMIL((package() if source == "package" else vendored()).NystromAttention).to(dtype).eval()
+    bag = torch.randn(1, 70, 12, dtype=dtype)
+    expected = model(bag, return_attn=True)[1]
+    assert expected.shape == (1, 4, 96, 96)
+    convert_(model)
+    monkeypatch.setattr("nystrom_ext.compat._lucidrains.weights", None)
+    actual = class_token(model, bag)
+    assert actual.shape == (1, 4, 1, 82)
+    assert (actual[:, :, 0] - expected[:, :, 14, 14:]).abs().max() <= 1e-5 * expected.abs().max()
+    revert_(model)
+    assert not hasattr(model.layer2.attn, "attention_rows")
+
+
+@pytest.mark.parametrize("padding", ["package", "ours"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [5, 8, 40, 43])
+def test_rows_of_the_packages_matrix(n, masked, padding):
+    torch.manual_seed(0)
+    ours = NystromAttention(**SIZES, padding=padding).double()
+    x, mask = 3 * torch.randn(2, n, 12, dtype=f64), keep_mask(n) if masked else None
+    matrix = ours(x, mask, return_attn=True)[1]
+    left = matrix.shape[-1] - n
+    expected = matrix[..., left:, left:][:, :, [3, -1, 0]]
+    assert_close(ours.attention_rows(x, [3, -1, 0], mask), expected, rtol=1e-9, atol=1e-12)
+    rows = ours.attention_rows(x, torch.tensor([3, -1, 0]), mask=mask, average_attn_weights=True)
+    assert_close(rows, expected.mean(1), rtol=1e-9, atol=1e-12)
+    if padding == "package":
+        theirs = package().NystromAttention(**SIZES).double()
+        theirs.load_state_dict(ours.state_dict())
+        theirs = theirs(x, mask=mask, return_attn=True)[1][..., left:, left:][:, :, [3, -1, 0]]
+        assert_close(expected, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_other_options_precisions_and_masks():
+    x = torch.randn(2, 43, 12, dtype=f64)
+    module = package().NystromAttention(**SIZES).double()
+    convert_(module, window=2, coefficient="per_head")  # this project's attention
+    q, k, _ = (y.unflatten(-1, (3, 5)).transpose(1, 2) for y in module.to_qkv(x).chunk(3, -1))
+    expected = nystrom_attention_weights(q, k, num_landmarks=8, window=2)
+    assert_close(module.attention_rows(x, [7]), expected[:, :, [7]])
+    module = NystromAttention(**SIZES).double()
+    truth = module.attention_rows(x, [7])
+    low = module.bfloat16().attention_rows(x.bfloat16(), [7])
+    assert low.dtype == torch.float32 and (low - truth).abs().max() < 0.02
+    with torch.autocast("cpu"):
+        assert module.float().attention_rows(x.float(), [7]).dtype == torch.float32
+    for rows in ([43], [-44]):
+        with pytest.raises(ValueError, match="rows must be positions of queries"):
+            module.attention_rows(x.float(), rows)
+    turned = ("# pad so that", "mask = None if mask is None else ~mask\n        # pad so that")
+    copied = vendored(turned).NystromAttention(**SIZES).double()
+    convert_(copied)
+    with pytest.raises(NotImplementedError, match="attention_rows takes no mask here, as NystromAttention does"):
+        copied.attention_rows(x, [0], mask=keep_mask(43))
+
+
+def test_a_row_of_a_whole_slide_takes_little_memory(tmp_path):
+    """20,000 patches, 8 heads: the package's matrix has 12.9 GB, a factor of it 165 MB."""
+    module, x = NystromAttention(64, 64, 8), torch.randn(1, 20001, 64)
+    with torch.no_grad():
+        projections = allocated(lambda: module.to_qkv(torch.cat([x, x[:, :223]], 1)), tmp_path)
+        assert allocated(lambda: module.attention_rows(x, [0]), tmp_path) < projections + 100e6
