@@ -99,11 +99,9 @@ def test_the_package_and_ours_are_one_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(exact.parameters(), package.parameters(), strict=True))
     torch.testing.assert_close(ours(bag), package(bag))
     assert not torch.allclose(exact(bag), ours(bag))
-    args.num_landmarks = 64  # of 65 tokens: next to exact, but for the zeros in front
     matrix = package.second.attention(package.second.norm(package._tokens(bag)), return_attn=True)[1].mean(1)[0]
-    n, left = bag.shape[1], matrix.shape[0] - 1 - 64
-    expected = matrix[left, left + 1 :]
-    expected = torch.cat([expected[: 64 - n] + expected[n:], expected[64 - n : n]])
+    left = matrix.shape[0] - 65  # the zeros in front of the class token and 8 x 8 patches
+    expected = matrix[left, left + 1 : left + 1 + bag.shape[1]]
     for model in (package, ours):
         torch.testing.assert_close(with_rows(model).attention_of_class_token(bag)[0], expected)
 

@@ -87,9 +87,7 @@ class Classifier(nn.Module):
     def attention_of_class_token(self, bag: Tensor) -> Tensor:
         """(B, n): what the class token attends to in the last layer, the mean of the heads, in O(n)."""
         x = self.second.norm(self._tokens(bag))
-        patches = self.second.attention.attention_rows(x, [0], average_attn_weights=True)[:, 0, 1:]
-        n = bag.shape[1]
-        return patches[:, :n] + F.pad(patches[:, n:], (0, 2 * n - patches.shape[1]))  # the copies that fill the square
+        return self.second.attention.attention_rows(x, [0], average_attn_weights=True)[:, 0, 1 : 1 + bag.shape[1]]
 
     def _tokens(self, bag: Tensor) -> Tensor:
         """Of the last layer, (B, N, E)."""

@@ -100,7 +100,7 @@ def write(folder: Path, results: dict[str, Any], bag: Bag, heats: dict[str, np.n
     text = markdown(results)
     write_atomically(page, lambda file: file.write(text.encode()))
     drawing = draw(bag, heats, results["config"]["digit"])
-    write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=80))
+    write_atomically(figure, lambda file: drawing.savefig(file, format="png", dpi=75))
     return [document, page, figure]
 
 
@@ -110,7 +110,7 @@ def draw(bag: Bag, heats: dict[str, np.ndarray], digit: int) -> Any:
 
     n = len(bag.positive)
     side = ceil(n**0.5)
-    figure = Figure(figsize=(4.2 * (1 + len(heats)), 4.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * (1 + len(heats)), 4.1), layout="constrained")
     axes = figure.subplots(1, 1 + len(heats))
     shown = {f"instances with a {digit}": bag.positive.numpy().astype(float), **heats}
     row, column = np.divmod(np.flatnonzero(bag.positive.numpy()), side)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.finetune import training
 from benchmarks.finetune.interrupts import Interrupts
 from benchmarks.finetune.training import progress, schedule, train_step
+from benchmarks.speed.memory import return_freed_memory
 
 from .bags import FEATURES, Bags
 from .model import build
@@ -83,6 +84,7 @@ def auc(scores: list[float]) -> float:
 
 def two_steps(args: argparse.Namespace, name: str) -> Callable[[], None]:
     """Two training steps on a bag of the largest size, in a process of its own, whose memory is measured."""
+    return_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     arm, n = Arm.of(args, name), args.instances[-1]
