@@ -143,7 +143,7 @@ def test_resume_is_bit_identical(phase: str, tmp_path: Path, monkeypatch: pytest
     bag = Bags.bag
 
     def interrupted(self: Bags, split: str, number: int) -> Any:
-        if (split, number) == (phase, 3):
+        if (split, number) == (phase, 3 if phase == "train" else 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return bag(self, split, number)
 
@@ -152,7 +152,7 @@ def test_resume_is_bit_identical(phase: str, tmp_path: Path, monkeypatch: pytest
         assert main([*options, "--output-dir", str(parts)]) == 128 + signal.SIGTERM
     assert "with --resume to continue" in capsys.readouterr().err and not (parts / "results.json").exists()
     state = torch.load(parts / checkpoint.NAME, weights_only=True)["arms"]["exact"]
-    assert (len(state["losses"]), len(state["scores"])) == ((4, 0) if phase == "train" else (6, 4))
+    assert (len(state["losses"]), len(state["scores"])) == ((4, 0) if phase == "train" else (6, 2))
     assert main([*options, "--output-dir", str(parts), "--resume"]) == 0
     for name, arm in results(whole)["arms"].items():
         resumed = results(parts)["arms"][name]
