@@ -67,12 +67,15 @@ def exact_attention(
     """Softmax attention with the random stream of `nn.MultiheadAttention` -> (N, H, L, d), weights (N, H, L, S)."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
+    weights = F.dropout(exact_weights(q, k, mask), dropout_p)
+    return weights @ v, weights
+
+
+def exact_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax weights (N, H, L, S), zeros in rows without any key, where a plain softmax and its gradient are NaN."""
     scores = q * q.shape[-1] ** -0.5 @ k.mT
     if mask is None:
-        weights = scores.softmax(-1)
-    else:  # zeros in rows without any key, where a plain softmax and its gradient are NaN
-        scores = scores + mask
-        empty = (scores == -torch.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    weights = F.dropout(weights, dropout_p)
-    return weights @ v, weights
+        return scores.softmax(-1)
+    scores = scores + mask
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)

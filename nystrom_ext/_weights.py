@@ -5,11 +5,13 @@ Shapes as in `_problem`; R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from ._autocast import cast_inputs
@@ -28,51 +30,60 @@ def attention_weights(
     key: Tensor,
     key_padding_mask: Tensor | None,
     average_heads: bool,
-    rows: Tensor | None,
+    rows: Tensor | Sequence[int] | None,
     **options: Any,
 ) -> Tensor:
     """`nystrom_ext.nystrom_attention_weights`."""
-    check(query, key, key_padding_mask, rows, options)
+    check(query, key, key_padding_mask, options)
+    wanted = None if rows is None else positions(rows, query.shape[2], query.device)
     if options["dropout_p"] > 0:  # as the operator draws it
         options["rng_state"] = torch.randint(2**63 - 1, (2,), device=query.device)
     problem = Problem(query, key, key_padding_mask, **options)
-    if rows is None:
+    if wanted is None:
         return whole_matrix(problem, query, key, average_heads)
-    weights = some_rows(problem, query, key, rows)
+    weights = some_rows(problem, query, key, wanted)
     return weights.mean(1) if average_heads else weights
 
 
-def check(
-    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, rows: Tensor | None, options: dict[str, Any]
-) -> None:
-    """ValueError as of the operator, which is asked without data."""
+def check(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, options: dict[str, Any]) -> None:
+    """ValueError as of the operator, which is asked without data, and leaves no call of it in an exported graph."""
     masks = {"key_padding_mask": key_padding_mask, "query_padding_mask": options["query_padding_mask"]}
-    for name, x in {"key": key, **masks, "rows": rows}.items():
-        if x is not None and x.device != query.device:
-            raise ValueError(
-                f"nystrom_attention_weights: {name} must be on the device of query, {query.device}, got {x.device}; "
-                f"move it there with .to()"
-            )
-    shapes = {name: x if x is None else x.detach().to("meta") for name, x in masks.items()}
-    q, k = (x.detach().to("meta") for x in (query, key))
-    torch.ops.nystrom_ext.attention(q, k, k, **{**options, **shapes})
+    for name, x in {"key": key, **masks}.items():
+        check_device(name, x, query.device)
+    with contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes():
+        shapes = {name: x if x is None else x.detach().to("meta") for name, x in masks.items()}
+        q, k = (x.detach().to("meta") for x in (query, key))
+        torch.ops.nystrom_ext.attention(q, k, k, **{**options, **shapes})
     if (options["window"] or options["pinned"]) and masks["key_padding_mask"] is not masks["query_padding_mask"]:
         require(
             torch.eq(*masks.values()).all(),
             "window and pinned need the same mask for queries and keys, got two that differ; pass one mask twice, or "
             "leave window and pinned out",
         )
-    if rows is None:
-        return
+
+
+def positions(rows: Tensor | Sequence[int], L: int, device: torch.device) -> Tensor:
+    """(R,) from 0 to L - 1. ValueError for what are no positions of L queries."""
+    if not isinstance(rows, Tensor):
+        rows = torch.as_tensor(rows, device=device)
+        rows = rows if rows.numel() else rows.long()
+    check_device("rows", rows, device)
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(
-            f"nystrom_attention_weights: rows must be an int64 tensor of shape (R,), positions of queries, got "
-            f"{rows.dtype} of shape {tuple(rows.shape)}; torch.tensor([0]) is the first query's"
+            f"nystrom_attention_weights: rows must be integers, a list or an int64 tensor of shape (R,), positions of "
+            f"queries, got {rows.dtype} of shape {tuple(rows.shape)}; [0] is the first query's"
         )
-    require(
-        ((rows >= 0) & (rows < query.shape[2])).all(),
-        "rows must be positions of queries, from 0 to L - 1, got others; add L to those that count from the end",
-    )
+    inside = (rows >= -L) & (rows < L)
+    require(inside.all(), "rows must be positions of queries, from -L to L - 1, got others; leave those out")
+    return torch.where(rows < 0, rows + L, rows)
+
+
+def check_device(name: str, x: Tensor | None, device: torch.device) -> None:
+    if x is not None and x.device != device:
+        raise ValueError(
+            f"nystrom_attention_weights: {name} must be on the device of query, {device}, got {x.device}; move it "
+            f"there with .to()"
+        )
 
 
 def require(condition: Tensor, message: str) -> None:
@@ -113,6 +124,7 @@ def some_rows(problem: Problem, query: Tensor, key: Tensor, rows: Tensor) -> Ten
         p1, *exact = problem.query_pass(q, kt, problem.missed(qt, kt, lse), columns, scores, rows)
     else:
         p1, *exact = problem.query_pass(q, kt, rows=rows)
+    p1 = p1.clone(memory_format=torch.contiguous_format)  # of a slice a product asks for strides, which fixes a length
     left = torch.where(problem.by_queries, problem.own(rows), p1 @ z)
     weights = torch.cat(keys.each(keys.weights, p1, left, qt, lse), -1)
     for p in exact:

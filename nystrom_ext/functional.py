@@ -111,7 +111,7 @@ def nystrom_attention_weights(
     pinned: int = 0,
     self_attention: bool | None = None,
     average_heads: bool = False,
-    rows: Tensor | None = None,
+    rows: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """The attention matrix P1 Z P3 that :func:`nystrom_attention` applies to the values, for inspection.
 
@@ -123,8 +123,8 @@ def nystrom_attention_weights(
 
     Args:
         average_heads: the mean over the heads.
-        rows: (R,) int64 on the device of query: positions of the queries whose rows are wanted, in any order. A class
-            token's is ``torch.tensor([0])``.
+        rows: positions of the queries whose rows are wanted, in any order, a list or (R,) int64 on the device of
+            query; negative ones count from the end. A class token's is ``[0]``.
 
     Returns:
         (B, H, L, S) or (B, H, R, S), without H with ``average_heads``, in the dtype of query. Ignored queries have rows

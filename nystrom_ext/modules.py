@@ -7,38 +7,25 @@ S keys, E ``embed_dim``, d = E / H, m ``num_landmarks``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._attention import ValueConvolution, exact_attention, same_tensor
-from ._masks import (
-    IGNORE_THRESHOLD,
-    added_keys,
-    additive_mask,
-    check_key_mask,
-    key_mask,
-    masks_nothing,
-    query_mask,
-    zero,
-)
+from ._attention import ValueConvolution, exact_attention
+from ._masks import added_keys, additive_mask, zero
 from ._options import Options, count
 from ._packed import nested, unpadded
 from ._projection import project
+from ._regime import Regime, regime
+from ._rows import attention_rows
 from ._tracing import fx_leaf, refuse_script
 from ._warnings import warn_once
 from .functional import nystrom_attention, nystrom_attention_weights
 
 _F: Any = F  # nn.MultiheadAttention's own checks, so that messages agree; they are missing in the stubs
 
-_UNKNOWN_PADDING = (
-    "NystromMultiheadAttention: query and key are two tensors of equal length with a key_padding_mask, so that nobody "
-    "knows whether the padded queries are padding too; they are taken for tokens and averaged into the landmarks. Set "
-    "self_attention=True (in the constructor or convert_) if both are the same tokens, else self_attention=False; "
-    "convert_(model, batch=...) finds out on a sample"
-)
 _APPROXIMATE_WEIGHTS = (
     "NystromMultiheadAttention: need_weights=True, nn.MultiheadAttention's default, costs O(L * S) beyond "
     "num_landmarks tokens, and the weights are approximate (entries may be negative, rows need not sum to 1, no "
@@ -216,23 +203,17 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             if (out := unpadded(self, query, key, value, key_padding_mask, attn_mask)) is not None:
                 return out, None
         q, k, v = project(self, query, key, value)
-        kpm = key_mask(key_padding_mask, k, added_keys(self))
-        ignored = kpm if kpm is None or kpm.dtype == torch.bool else kpm <= IGNORE_THRESHOLD
-        given = query_mask(query_padding_mask, q)
-        exact = self._is_exact(q.shape[2], k.shape[2], attn_mask, is_causal)
-        padding = self._padding(query, key, q, k, ignored if given is None else None, exact)
-        ignored_queries = padding if given is None else given
-        if exact:
-            is_causal = is_causal and kpm is None and not need_weights  # else attn_mask itself is used, as upstream
-            mask = additive_mask(q, k, kpm, None if is_causal else attn_mask, added_keys(self))
+        call = regime(self, query, key, q, k, key_padding_mask, query_padding_mask, attn_mask, is_causal)
+        if call.exact:
+            is_causal = is_causal and call.key_mask is None and not need_weights  # else attn_mask itself, as upstream
+            mask = additive_mask(q, k, call.key_mask, None if is_causal else attn_mask, added_keys(self))
             dropout_p = self.dropout if self.training else 0.0
             out, weights = exact_attention(q, k, v, mask, dropout_p, is_causal, need_weights)
-            out = zero(out, given)
+            out, weights = zero(out, call.given), None if weights is None else zero(weights, call.given)
         else:
-            check_key_mask(kpm)
-            out, weights = self._nystrom(q, k, v, ignored, ignored_queries, need_weights, average_attn_weights)
-        if self.conv is not None and exact:  # else the operator has added it
-            out = out + self.conv(v, ignored, ignored_queries)
+            out, weights = self._nystrom(q, k, v, call, need_weights, average_attn_weights)
+        if self.conv is not None and call.exact:  # else the operator has added it
+            out = out + self.conv(v, call.keys, call.queries)
 
         out = out.transpose(1, 2).flatten(2)
         weights = weights.mean(1) if weights is not None and weights.dim() == 4 and average_attn_weights else weights
@@ -240,69 +221,49 @@ class NystromMultiheadAttention(nn.MultiheadAttention):
             return self.out_proj(out.squeeze(0)), None if weights is None else weights.squeeze(0)
         return self.out_proj(out if self.batch_first else out.transpose(0, 1)), weights
 
-    def _is_exact(self, L: int, S: int, attn_mask: Tensor | None, is_causal: bool) -> bool:
-        """Whether this call is that of `nn.MultiheadAttention`. An exported graph runs at any length, so there the
-        operator decides, which is exact up to ``num_landmarks`` tokens as well; only padded queries differ."""
-        if attn_mask is None and torch.compiler.is_exporting():
-            return False
-        if min(L, S) <= self.num_landmarks:
-            return True
-        if attn_mask is None or (not is_causal and masks_nothing(attn_mask)):
-            return False
-        if self.unsupported_mask == "error":
-            raise NotImplementedError(
-                f"NystromMultiheadAttention: attn_mask is not supported with L={L}, S={S} > num_landmarks="
-                f"{self.num_landmarks} (an (L, S) mask is O(L*S)), nor is is_causal (landmarks are means over past and "
-                f"future). Pass padding as key_padding_mask, raise num_landmarks, or construct with "
-                f'unsupported_mask="exact".'
-            )
-        return True
-
-    def _padding(
-        self, query: Tensor, key: Tensor, q: Tensor, k: Tensor, ignored: Tensor | None, exact: bool
-    ) -> Tensor | None:
-        """Which queries are padding because the keys are the same tokens (N, L); None: none, or it does not matter."""
-        L, S = q.shape[2], k.shape[2] - added_keys(self)
-        if self.self_attention and L != S:
-            raise ValueError(
-                f"NystromMultiheadAttention: self_attention=True needs as many queries as keys, got {L} and {S}; "
-                f"leave it out (None) for a module that is called with other keys too"
-            )
-        extended = not exact and (self.window > 0 or self.pinned > 0)
-        if not extended and (ignored is None or (exact and self.conv is None)):
-            return None
-        itself = same_tensor(query, key) if self.self_attention is None else self.self_attention
-        if extended and not itself:
-            raise ValueError(
-                f"NystromMultiheadAttention: window={self.window} and pinned={self.pinned} need self-attention, got a "
-                f"key of shape {tuple(key.shape)} that is not the query of shape {tuple(query.shape)}; set "
-                f"self_attention=True if both are the same tokens, or window=0, pinned=0"
-            )
-        if itself:
-            return None if ignored is None else ignored[:, :L]
-        if self.self_attention is None and L == S and not exact:
-            warn_once(self, _UNKNOWN_PADDING)
-        return None
-
     def _nystrom(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ignored: Tensor | None,
-        ignored_queries: Tensor | None,
-        need_weights: bool,
-        average_attn_weights: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, call: Regime, need_weights: bool, average_attn_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """-> (N, H, L, d) and, with need_weights, the matrix behind it, (N, L, S) or (N, H, L, S), without dropout."""
-        options = {**self.attention_options(), "query_padding_mask": ignored_queries, "self_attention": False}
+        options = {**self.attention_options(), "query_padding_mask": call.queries, "self_attention": False}
         conv_weight = None if self.conv is None else self.conv.weight
-        out = nystrom_attention(q, k, v, ignored, conv_weight=conv_weight, **options)
+        out = nystrom_attention(q, k, v, call.keys, conv_weight=conv_weight, **options)
         if not need_weights:
             return out, None
         warn_once(NystromMultiheadAttention, _APPROXIMATE_WEIGHTS)
         options["dropout_p"] = 0.0
-        return out, nystrom_attention_weights(q, k, ignored, average_heads=average_attn_weights, **options)
+        return out, nystrom_attention_weights(q, k, call.keys, average_heads=average_attn_weights, **options)
+
+    def attention_rows(
+        self,
+        query: Tensor,
+        rows: Tensor | Sequence[int],
+        key: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        *,
+        query_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Some rows of the weights that ``forward(query, key, ...)`` returns with ``need_weights``, without the others:
+        O(R S) memory beside the projections, O(L + S) time. A class token's: ``attention_rows(x, [0])``.
+
+        Args:
+            rows: positions of R queries, a list or an int64 tensor on the device of query; negative ones count from
+                the end.
+            key: as in ``forward``; None: query, self-attention.
+        The other arguments are those of ``forward``, without ``attn_mask``.
+
+        Returns:
+            (N, R, S), with ``average_attn_weights=False`` (N, H, R, S), unbatched without N; S counts the keys of
+            ``add_bias_kv`` and ``add_zero_attn``. Without dropout, in training too. Differentiable.
+
+        Raises:
+            ValueError: rows that are no positions of queries.
+            NotImplementedError: nested tensors.
+        The other errors are those of ``forward``.
+        """
+        key = query if key is None else key
+        return attention_rows(self, query, rows, key, key_padding_mask, query_padding_mask, average_attn_weights)
 
     def attention_options(self) -> dict[str, Any]:
         """Options of the operator, without masks."""

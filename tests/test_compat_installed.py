@@ -61,6 +61,7 @@ def test_checkpoint_of_the_installed_transformers():
 def test_parity_table(capsys):
     pytest.importorskip("rich")
     from peers import __main__ as table
+    from peers import modules
 
     table.main()
     shown = capsys.readouterr().out
@@ -68,3 +69,9 @@ def test_parity_table(capsys):
     for case in table.CASES:
         *_, fused, pytorch = table.row(case)
         assert float(pytorch) < 1e-12 and (fused == "–" or float(fused) < 1e-12), case
+    pytest.importorskip("nystrom_attention")
+    assert "both ways" in shown
+    for name in ("compat", "convert_"):
+        for n, masked in ((256, False), (250, True), (10, False)):
+            *_, out, gradients, first, loading = modules.row(name, n, masked)
+            assert max(float(out), float(gradients), float(first)) < 1e-12 and loading == "both ways"

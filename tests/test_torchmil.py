@@ -66,3 +66,5 @@ def test_attention_and_gradients(learn_weights):
         results.append((out, torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
         convert_(module)
     assert_close(results[1], results[0])
+    matrix = module(x, return_att=True)[1]  # torchmil has cut the padding off
+    assert_close(module.attention_rows(x, [0, -1]), matrix[:, :, [0, -1]])

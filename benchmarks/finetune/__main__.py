@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from . import UsageError, checkpoint, data, model, report, scratch
+from . import UsageError, checkpoint, data, memory, model, report, scratch
 from .arguments import command_line, config, parse
-from .checkpoint import write_atomically
 from .interrupts import Interrupted, Interrupts
 from .splits import Splits
 from .tasks import listops, reviews
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error) or args is None:
+        if not memory.exhausted(error) or args is None:
             raise
         print("error:", _advice(args), file=sys.stderr)
         return 2
@@ -100,11 +99,6 @@ def _describe(splits: Splits, job: Any) -> None:
         print(f"      {empty} empty texts are kept, as one unknown token")
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
 def _advice(args: argparse.Namespace) -> str:
     ways = "lower --batch-size or --max-length, or leave out softmax from --attention"
     if args.model != "scratch":
@@ -119,13 +113,7 @@ def _prepare(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.dry_run:
         return
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"--output-dir must be writable, {args.output_dir}: {error.strerror}"
-        raise UsageError(f"{reason}; choose another") from error
-    write_atomically(args.output_dir / ".writable", lambda file: None)
-    (args.output_dir / ".writable").unlink()
+    checkpoint.prepare(args.output_dir)
 
 
 if __name__ == "__main__":

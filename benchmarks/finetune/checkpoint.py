@@ -29,6 +29,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def prepare(folder: Path) -> None:
+    """Make ``--output-dir`` and write to it: what can fail early must not fail late."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir must be writable, {folder}: {error.strerror}; choose another") from error
+    write_atomically(folder / ".writable", lambda file: None)
+    (folder / ".writable").unlink()
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(folder / NAME, lambda file: torch.save(state, file))
 

@@ -15,6 +15,14 @@ LABEL = (
 )
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether the error says that memory did not suffice."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 def measure(args: argparse.Namespace, attention: str, vocab: int, labels: int, dual: bool) -> int | None:
     """Bytes, or None where the system does not tell or the process dies."""
     return peak(args.device, _training, args, attention, vocab, labels, dual)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.finetune import UsageError
-from benchmarks.finetune.checkpoint import write_atomically
+from benchmarks.finetune.checkpoint import prepare, write_atomically
 from benchmarks.finetune.interrupts import Interrupted, Interrupts
 
 from . import bars, cases, gradients, machine, memory, report, stages
@@ -37,11 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)  # what can fail early must not fail late
-    except OSError as error:
-        reason = f"--output-dir must be writable, {args.output_dir}: {error.strerror}"
-        raise UsageError(f"{reason}; choose another") from error
+    prepare(args.output_dir)
     results = measure(args)
     written = write(args, results)  # before anything is printed, which may fail
     report.show(results)

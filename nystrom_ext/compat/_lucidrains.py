@@ -6,6 +6,7 @@ copies of it. Shapes: B batch, n tokens, H heads, d features of a head, m landma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._masks import zero
+from .._weights import positions
 from ..functional import nystrom_attention, nystrom_attention_weights
 from ..modules import Options
 from .formulas import lucidrains_factors
@@ -101,6 +103,33 @@ def weights(module: Any, layout: Layout, settings: Settings, x: Tensor, mask: Te
     ignored = None if mask is None else ~mask.bool()
     scale = getattr(module, layout.scale)
     return nystrom_attention_weights(q, k, ignored, query_padding_mask=ignored, scale=scale, **settings.ours)
+
+
+def attention_rows(
+    module: Any,
+    layout: Layout,
+    settings: Settings,
+    x: Tensor,
+    rows: Tensor | Sequence[int],
+    mask: Tensor | None,
+    average: bool,
+) -> Tensor:
+    """Rows of :func:`weights`, without what was put in front: (B, H, R, n), or with ``average`` (B, R, n)."""
+    n, (m, iterations, _, ours) = x.shape[1], settings
+    rows = positions(rows, n, x.device)
+    if ours is None and (mask is not None or n <= m):
+        f, z, b = factors(module, layout, settings, x, mask)
+        some = f.index_select(2, rows + (f.shape[2] - n)) @ z @ b
+        return (some.mean(1) if average else some)[..., f.shape[2] - n :]
+    q, k, _, mask, padding = _inputs(module, layout, settings, x, mask)
+    options: dict[str, Any] = {"scale": getattr(module, layout.scale), "rows": rows + padding, "average_heads": average}
+    if ours is not None:
+        ignored = None if mask is None else ~mask.bool()
+        return nystrom_attention_weights(q, k, ignored, query_padding_mask=ignored, **options, **ours)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    options |= {"num_landmarks": m, "pinv_iterations": iterations, "coefficient": "global"}
+    with torch.autocast(q.device.type, enabled=False):
+        return nystrom_attention_weights(q.to(dtype), k.to(dtype), **options)[..., padding:]
 
 
 def _inputs(module: Any, layout: Layout, settings: Settings, x: Tensor, mask: Tensor | None) -> _Inputs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .._tracing import fx_leaf, refuse_script
 from ..modules import Options
-from ._lucidrains import PACKAGE, attend, factors, settings_of, weights
+from ._lucidrains import PACKAGE, attend, attention_rows, factors, settings_of, weights
 
 
 class NystromAttention(nn.Module):
@@ -109,6 +110,29 @@ class NystromAttention(nn.Module):
         if self.nystrom_options is not None and self.nystrom_options.need_weights == "never":
             return out, None
         return out, (factors if return_attn_matrices else weights)(self, PACKAGE, settings, x, mask)
+
+    def attention_rows(
+        self,
+        x: Tensor,
+        rows: Tensor | Sequence[int],
+        mask: Tensor | None = None,
+        average_attn_weights: bool = False,
+    ) -> Tensor:
+        """Some rows of the matrix of ``return_attn``, without the others: (B, H, R, n), with ``average_attn_weights``
+        (B, R, n). A class token's: ``attention_rows(x, [0])``. Modules that ``convert_`` switched have it too.
+
+        Rows and columns are those of the n tokens; with ``padding="package"`` the zeros in front, which the package's
+        matrix begins with, are left out, with the share of the attention that they take. O(n) time, and O(R n) memory
+        beside the projections; O(n m) memory where the module itself takes PyTorch operators. Differentiable.
+
+        Args:
+            x, mask: as for ``forward``.
+            rows: positions of R tokens, a list or an int64 tensor on the device of x; negative ones count from the end.
+
+        Raises:
+            ValueError: rows that are no positions of tokens.
+        """
+        return attention_rows(self, PACKAGE, settings_of(self, PACKAGE), x, rows, mask, average_attn_weights)
 
 
 class _PreNorm(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._swap import CONVERTED, written_class
 from .._tracing import fx_leaf, refuse_script
-from ..compat._lucidrains import PACKAGE, Layout, Settings, attend, differs, own_options, settings_of
+from ..compat._lucidrains import PACKAGE, Layout, Settings, attend, attention_rows, differs, own_options, settings_of
 from ..compat.lucidrains import NystromAttention
 from ..modules import Options
 
@@ -101,6 +101,23 @@ class _Converted(nn.Module):
 
     def configure(self, options: Options) -> None:
         self.nystrom_options = options
+
+    def attention_rows(
+        self,
+        x: Tensor,
+        rows: Tensor | Sequence[int],
+        mask: Tensor | None = None,
+        average_attn_weights: bool = False,
+    ) -> Tensor:
+        """As of :class:`nystrom_ext.compat.lucidrains.NystromAttention`. NotImplementedError for a mask where the copy
+        does something else with it."""
+        settings = settings_of(self, self.layout)
+        if mask is not None and not self.masks and settings.ours is None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: attention_rows takes no mask here, as {self.stock.__name__} does something "
+                f"else with one than nystrom-attention; leave it out, or take the rows of {self.layout.weights}=True"
+            )
+        return attention_rows(self, self.layout, settings, x, rows, mask, average_attn_weights)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Classes made on the fly have no name by which pickle could find them."""

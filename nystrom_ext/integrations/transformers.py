@@ -31,8 +31,9 @@ except ImportError as error:
     raise ImportError(f"nystrom_ext needs transformers 5, found {transformers.__version__}; upgrade it") from error
 
 from .._choice import CONVERTED
+from .._masks import IGNORE_THRESHOLD
 from ..functional import nystrom_attention
-from ..modules import IGNORE_THRESHOLD, Options
+from ..modules import Options
 from ._call import Call
 
 #: Options of the registered names.

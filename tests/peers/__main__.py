@@ -2,11 +2,13 @@
 
 The peer is the installed package where pip has one, else the formula in `formulas.py`. Numbers are the largest
 differences relative to the largest value, in float64: of the fused operator, where compat uses it, and of compat's
-PyTorch operators. Below the table, what is wrong with the installed peers themselves, measured.
+PyTorch operators. Below, nystrom-attention's module as a whole, and what is wrong with the installed peers themselves,
+measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from nystrom_ext import compat
 
-from . import formulas, installed
+from . import formulas, installed, modules
 
 BATCH, HEADS, WIDTH, TAPS, M = 2, 4, 16, 5, 16
 
@@ -151,6 +153,8 @@ def main() -> None:
         table.add_row(*row(case))
     console.print(table)
     console.print("fused –: the mathematics differ, so compat.attention uses PyTorch operators\n")
+    with contextlib.suppress(ImportError):
+        console.print(modules.table(), "")
     for line in lucidrains_defects() + huggingface_defects():
         console.print(f"• {line}", highlight=False, soft_wrap=True)
 
