@@ -87,8 +87,8 @@ def onnx(
     if isinstance(model, torch.export.ExportedProgram):
         if args or kwargs or dynamic_shapes is not None:
             raise ValueError(
-                "nystrom_ext.export.onnx: an ExportedProgram has its inputs and dynamic_shapes already; leave out args, "
-                "kwargs and dynamic_shapes, or pass the module"
+                "nystrom_ext.export.onnx: an ExportedProgram has its inputs and dynamic_shapes already; leave out "
+                "args, kwargs and dynamic_shapes, or pass the module"
             )
         program = model
     else:
