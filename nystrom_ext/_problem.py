@@ -87,7 +87,7 @@ class Problem:
         rows, columns = (a.sum(dim).amax(-1)[..., None, None] for dim in (-1, -2))
         if self.coefficient == "global":
             rows, columns = (torch.where(self.nystrom, x, 0) for x in (rows, columns))
-            rows, columns = (torch.cat([x.flatten(), x.new_zeros(1)]).amax() for x in (rows, columns))
+            rows, columns = (torch.cat([x.flatten(), x.new_zeros(1)]).amax(0) for x in (rows, columns))
         z = a.mT / torch.where(self.nystrom, rows * columns, 1)
         for _ in range(self.iterations):
             x = a @ z
