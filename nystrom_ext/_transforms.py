@@ -101,14 +101,18 @@ def _vmap(info: Any, dims: dict[str, int | None], a: dict[str, Any]) -> Tensor:
             "slice draws its own dropout, so pass randomness='different' to vmap, or dropout_p=0"
         )
     first = {name: x if dims[name] is None else x.movedim(dims[name], 0) for name, x in a.items()}
-    if a["coefficient"] == "global" or dims["conv_weight"] is not None:
+    if n > 0 and (a["coefficient"] == "global" or dims["conv_weight"] is not None):
         slices = ({name: x if dims[name] is None else x[i] for name, x in first.items()} for i in range(n))
         return torch.stack([_call(one) for one in slices])
+    samples = first["query"].shape[0 if dims["query"] is None else 1]
     for name in ("query", "key", "value", "key_padding_mask", "query_padding_mask"):
         if first[name] is not None:
             x = first[name] if dims[name] is not None else first[name].expand(n, *first[name].shape)
             first[name] = x.flatten(0, 1)
-    return _call(first).unflatten(0, (n, -1))
+    if dims["conv_weight"] is not None:  # no slices: any weight will do
+        first["conv_weight"] = first["conv_weight"].new_zeros(first["conv_weight"].shape[1:])
+    out = _call(first)
+    return out.unflatten(0, (n, samples))
 
 
 def _call(a: dict[str, Any]) -> Tensor:

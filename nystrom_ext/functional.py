@@ -73,6 +73,11 @@ def nystrom_attention(
         TypeError: a tensor as ``scale``.
     """
     check((query, key, value), scale, num_landmarks, pinv_iterations, window, pinned)
+    if dropout_p > 0 and hasattr(query, "device_mesh"):
+        raise NotImplementedError(
+            f"nystrom_attention: dropout_p={dropout_p} of a DTensor, where each process would draw a seed of its own; "
+            "pass 0, or local tensors (to_local()) to a call on each process"
+        )
     if key_padding_mask is not None or query_padding_mask is not None or self_attention:
         key_padding_mask, query_padding_mask = _both_masks(
             query, key, key_padding_mask, query_padding_mask, self_attention, num_landmarks

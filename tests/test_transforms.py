@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from nystrom_ext import NystromMultiheadAttention, convert_, nystrom_attention, nystrom_attention_varlen, reference
@@ -181,6 +182,28 @@ def test_vmap_says_what_it_does_with_dropout() -> None:
     assert not torch.equal(out[0], out[1])
     gradients = vmap(grad(lambda x: f(x).sum()), randomness="same")(same)
     assert torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"coefficient": "global"}], ids=str)
+def test_vmap_over_nothing(options: dict[str, str]) -> None:
+    f = lambda x, w: nystrom_attention(x, x, x, num_landmarks=4, conv_weight=w, **options)  # noqa: E731
+    assert vmap(f)(torch.randn(0, 3, 2, 30, 4), torch.randn(0, 2, 3)).shape == (0, 3, 2, 30, 4)
+    assert vmap(f, (0, None))(torch.randn(2, 0, 2, 30, 4), torch.randn(2, 3)).shape == (2, 0, 2, 30, 4)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
+def test_short_calls_of_the_module_are_torch_s_own(mask: bool) -> None:
+    """As `nn.MultiheadAttention`, the module differentiates further by the mathematical kernel of SDPA."""
+    model = NystromMultiheadAttention(8, 2, batch_first=True).double()
+    ignored = torch.arange(20) >= torch.tensor([20, 12])[:, None] if mask else None
+
+    def f(x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return model(x, x, x, key_padding_mask=ignored, need_weights=False)[0]
+
+    x = torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(f, x, fast_mode=True)
+    assert_close(jvp(f, (x,), (x,))[1], torch.autograd.functional.jvp(f, x, x)[1])
 
 
 @pytest.mark.parametrize("transform", [grad, vmap], ids=lambda f: f.__name__)
