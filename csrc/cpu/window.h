@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kBandRows = kTileRows < 12 ? 2 * kTileRows : kTileRows;  // divides kBlock
+constexpr int64_t kBandRows = kWide ? 16 : 12;  // divides kBlock; a multiple of kRows
 
 constexpr int64_t band_width(int64_t w) { return w > 0 ? padded(kBandRows + 2 * w) : 0; }
 
