@@ -9,8 +9,8 @@
 namespace nystrom_ext::cpu {
 
 // Keys or queries per chunk: a function of m alone, so that results depend on nothing else. A chunk's m-sized partial
-// sums stay below a sixteenth of the chunk's own rows.
-constexpr int64_t chunk_length(int64_t m) { return m <= 64 ? 1024 : round_up(16 * m, 1024); }
+// sums stay below an eighth of the chunk's own rows, and 4,096 tokens of one head are work for two threads at m = 256.
+constexpr int64_t chunk_length(int64_t m) { return round_up(8 * m, 1024); }
 inline Slots chunks(const Tokens& t, const Problem& p) { return {t, p.batch, chunk_length(p.landmarks)}; }
 
 // Partial sums of one stage, reduced in chunk order. Large ones are those of a head's later chunks: the first chunk's
