@@ -80,7 +80,7 @@ def test_the_backward_pass_finds_the_windows_scores_again(dtype: torch.dtype, de
     torch.testing.assert_close(ours[3], exact[3])
 
 
-@pytest.mark.parametrize("first", [50, 97, 98, 120, 1030])
+@pytest.mark.parametrize("first", [50, 95, 96, 120, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name, p in REGIMES.items() if p.keys >= 100 and p.m > 1])
 def test_keys_that_score_minus_infinity(name: str, dtype: torch.dtype, first: int, device: str) -> None:

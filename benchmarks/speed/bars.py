@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import gradients, stages
-from .cases import MODULES, ONE_LONG, PASSES, Case
+from .cases import MIL_HEADS, MIL_LANDMARKS, MIL_LENGTHS, MODULES, ONE_LONG, PASSES, Case, mil_column
 
 COMPOSITIONS = ("eager", "two SDPA", "two SDPA compiled")
 EXACT = {("forward", 512): 2.0, ("forward", 4096): 22.0, ("forward+backward", 4096): 20.0}
 SHAPE = {"batch": 1, "heads": 8, "head_dim": 64, "num_landmarks": 64, "dtype": "float32", "device": "cpu"}
+SHARED = ("H=1", "H=8", f"H=1, m={MIL_LANDMARKS}")
 GRAIN = 2**20  # bytes: what a process measures of itself is no finer
 
 
@@ -55,7 +56,8 @@ def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
         bar("n = 65536 / n = 4096, forward: linear in n", _growth(cells), 1.1 * 16, at_most=True),
         *_memory(results),
         bar("n = 1,000,000 runs forward+backward", _million(cells), True),
-        *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in ("H=1", "H=8")),
+        *(bar(f"1 thread / 2 threads, {heads}", _threads(cells, heads), 1.8) for heads in SHARED),
+        *_mil(cells),
         *_packed(cells, results["memory"]),
         *_modules(cells),
         bar("thread count and batch mates change no bit", same, True),
@@ -150,6 +152,17 @@ def _modules(cells: Cells) -> Iterator[dict[str, Any]]:
     yield bar("NystromMultiheadAttention / nn.MultiheadAttention, called alike, n = 4096", ratio, 1.0, at_most=True)
     ratio = cells.ratio("modules", "forward", stock, never, 4096)
     yield bar("nn.MultiheadAttention / ours with need_weights='never', n = 4096", ratio, 15.0)
+
+
+def _mil(cells: Cells) -> Iterator[dict[str, Any]]:
+    """Slides of many landmarks, beside the package and beside the best composition."""
+    for heads, d in MIL_HEADS:
+        limits = (("lucidrains", "forward", 3.5 if d == 64 else 3.0), ("lucidrains", "forward+backward", 2.5))
+        for peer, pass_name, limit in (*limits, ("two SDPA", "forward", 2.0)):
+            for n in MIL_LENGTHS:
+                column = mil_column(heads, n)
+                ratio = cells.ratio("mil", pass_name, peer, "nystrom_ext", column)
+                yield bar(f"{peer} / ours, {pass_name}, m = {MIL_LANDMARKS}, {column}", ratio, limit)
 
 
 def _million(cells: Cells) -> bool | None:

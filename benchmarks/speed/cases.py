@@ -10,10 +10,14 @@ import torch
 
 from . import peers
 
+# Slides as TransMIL and its forks cut them: heads, head dim; tokens, a square and a class token.
+MIL_HEADS = ((8, 64), (4, 128))
+MIL_LENGTHS = (4097, 16385, 50177)
+MIL_LANDMARKS = 256
 ONE_LONG = "65,536 + 31 x 64"  # a sequence among short ones
 MODULES = ("nn.MultiheadAttention", "NystromMultiheadAttention", 'with need_weights="never"')  # as they are called
 PASSES = {"forward": False, "forward+backward": True}
-TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "packed", "modules", "threads", "million")
+TABLES = ("length", "dtype", "landmarks", "head_dim", "heads", "mask", "packed", "modules", "threads", "mil", "million")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Case:
 
     def workspace(self) -> int:
         """Documented bound of the memory beyond inputs, results and gradients."""
-        chunk = 1024 if self.m <= 64 else -(-16 * self.m // 1024) * 1024
+        chunk = -(-8 * self.m // 1024) * 1024
         splits = -(-self.n // chunk)
         size = 8 if self.dtype == "float64" else 4
         return size * self.batch * self.heads * self.m * (splits * (2 * self.d + 2) + 8 * self.d + 16 * self.m)
@@ -78,6 +82,8 @@ def tables(args: argparse.Namespace) -> dict[str, list[list[Entry]]]:
     base = Case(args.batch, args.heads, n, args.head_dim, args.num_landmarks, args.dtype, args.device)
     some = [name for name in ("nystrom_ext", "two SDPA", "exact SDPA") if name in args.contestants]
 
+    slides = [name for name in ("nystrom_ext", "two SDPA", "lucidrains") if name in args.contestants]
+
     def rows(table: str, names: list[str], columns: dict[str, Case]) -> list[list[Entry]]:
         return [[Entry(table, name, column, name, case) for name in names] for column, case in columns.items()]
 
@@ -99,8 +105,10 @@ def tables(args: argparse.Namespace) -> dict[str, list[list[Entry]]]:
         "modules": [[Entry("modules", name, str(n), name, replace(base, d=32), 1) for name in MODULES]],
         "threads": [
             *(_threads(replace(base, heads=h), f"H={h}") for h in (1, 8)),
+            _threads(replace(base, heads=1, m=MIL_LANDMARKS), f"H=1, m={MIL_LANDMARKS}"),
             _threads(replace(base, batch=1, heads=8, n=65536 + 31 * 64), ONE_LONG, "nystrom_ext, one long"),
         ],
+        "mil": rows("mil", slides, {mil_column(h, n): mil(base, h, d, n) for h, d in MIL_HEADS for n in MIL_LENGTHS}),
         "million": rows("million", ["nystrom_ext"], {"1,000,000": replace(base, batch=1, heads=1, n=1_000_000)}),
     }
     return {name: made[name] for name in args.tables}
@@ -112,6 +120,16 @@ def _dtypes(base: Case, names: list[str]) -> list[list[Entry]]:
     return [
         [Entry("dtype", f"{name}, {t}", str(base.n), name, replace(base, dtype=t)) for t in types] for name in names
     ]
+
+
+def mil(base: Case, heads: int, d: int, n: int) -> Case:
+    """One slide."""
+    return replace(base, batch=1, heads=heads, n=n, d=d, m=MIL_LANDMARKS)
+
+
+def mil_column(heads: int, n: int) -> str:
+    """Its name in the table."""
+    return f"{heads}x{dict(MIL_HEADS)[heads]}, {n:,}"
 
 
 def packed(base: Case) -> list[Entry]:

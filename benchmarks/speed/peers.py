@@ -133,10 +133,12 @@ def two_sdpa(case: Case) -> Contestant:
     """What a careful user writes today: both passes as scaled_dot_product_attention, the core as batched products."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if case.n % case.m:  # zeros in front, as the package has them: other means, the same work
+            q, k, v = (F.pad(x, (0, 0, -case.n % case.m, 0)) for x in (q, k, v))
         qt, kt = segment_means(q, case.m), segment_means(k, case.m)
         u = F.scaled_dot_product_attention(qt, k, v)
         a = (q.shape[-1] ** -0.5 * qt @ kt.mT).softmax(-1)
-        return F.scaled_dot_product_attention(q, kt, pseudo_inverse(a) @ u)
+        return F.scaled_dot_product_attention(q, kt, pseudo_inverse(a) @ u)[:, :, -case.n :]
 
     return Contestant(attention)
 
