@@ -16,7 +16,7 @@ _OP = torch.ops.nystrom_ext.attention.default
 _LIBRARY = torch.library.Library("nystrom_ext", "IMPL")
 
 
-def _composite_op(
+def composite(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -120,5 +120,5 @@ def _call(a: dict[str, Any]) -> Tensor:
     return _OP(*positional, **a)
 
 
-_LIBRARY.impl("_attention_composite", _composite_op, "CompositeImplicitAutograd")
+_LIBRARY.impl("_attention_composite", composite, "CompositeImplicitAutograd")
 _LIBRARY.impl("attention", _batched, "FuncTorchBatched", with_keyset=True)

@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import _composite, _library  # noqa: F401  _library registers the ops
+from . import _composite
+from ._schema import bind
+from ._transforms import composite
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -101,47 +103,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None,
     return _composite.attention(query, key, value, *masks, **options)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    conv_weight: Tensor | None,
-    rng_state: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_landmarks: int,
-    pinv_iterations: int,
-    scale: float,
-    dropout_p: float,
-    global_coefficient: bool,
-    window: int,
-    pinned: int,
-) -> tuple[Tensor, ...]:
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     """What `torch.export` makes of the operator when it decomposes. What a backward pass would want is left empty: the
     only one that reads it, `_refuse_backward` refuses."""
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+    call = bind(torch.ops.nystrom_ext._attention_forward.default, args, {})
+    if call["cu_seqlens_q"] is not None:
         _refuse_packed()
-    _refuse_dropout(dropout_p)
-    out = _composite.attention(
-        query,
-        key,
-        value,
-        key_padding_mask,
-        query_padding_mask=query_padding_mask,
-        conv_weight=conv_weight,
-        num_landmarks=num_landmarks,
-        pinv_iterations=pinv_iterations,
-        scale=scale,
-        coefficient="global" if global_coefficient else "per_head",
-        enable_gqa=True,
-        window=window,
-        pinned=pinned,
-    )
-    return (out, *(query.new_empty(0) for _ in range(6)))
+    _refuse_dropout(call["dropout_p"])
+    return (composite(**call), *(call["query"].new_empty(0) for _ in range(6)))
 
 
 def _refuse_dropout(p: float) -> None:

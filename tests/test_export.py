@@ -33,14 +33,28 @@ LOWERED = [  # one of each kind: lowering takes seconds
     *("window over everything", "more pinned than landmarks", "window, convolution"),
 ]
 B, L, S = Dim("B", max=512), Dim("L", max=4096), Dim("S", max=4096)
-ONNX = {
-    "cross": {"num_landmarks": 8, "scale": 0.4},
-    "self, convolution, global, grouped": {
-        "coefficient": "global",
-        "enable_gqa": True,
-        "conv_weight": torch.ones(2, 5),
-    },
+TAPS, EVEN = torch.linspace(-1, 1, 10).view(2, 5), torch.linspace(-1, 1, 8).view(2, 4)
+ONNX: dict[str, dict[str, Any]] = {
+    "cross": {"scale": 0.4},
+    "cross, one landmark": {"num_landmarks": 1},
+    "cross, global": {"coefficient": "global"},
+    "cross, grouped": {"enable_gqa": True},
+    "cross, no iterations": {"pinv_iterations": 0},
+    "cross, many landmarks": {"num_landmarks": 64, "pinv_iterations": 12},
+    "self": {},
+    "self, global, grouped": {"coefficient": "global", "enable_gqa": True, "conv_weight": TAPS},
+    "self, even taps": {"conv_weight": EVEN},
+    "self, many landmarks": {"num_landmarks": 64, "conv_weight": TAPS},
+    "pinned": {"pinned": 3},
+    "more pinned than landmarks": {"pinned": 20},
+    "window": {"window": 40},
     "window and pinned": {"window": 3, "pinned": 1},
+    "window, even taps": {"window": 5, "conv_weight": EVEN},
+    "window, grouped": {"window": 2, "pinned": 2, "enable_gqa": True},
+    "window, global": {"window": 1, "coefficient": "global"},
+    "window, one landmark": {"window": 1, "num_landmarks": 1, "scale": 0.4},
+    "window, many landmarks": {"window": 2, "num_landmarks": 64},
+    "window over everything": {"window": 10**9},
 }
 
 PROGRAM = """
@@ -116,15 +130,16 @@ def test_lowered_graphs_grow_with_the_length_not_with_its_square() -> None:
 
 @pytest.mark.parametrize("name", ONNX)
 def test_onnx_runtime_at_other_lengths(name: str, tmp_path: Path) -> None:
-    options, keys = ONNX[name], S if name == "cross" else L
+    options, cross = ONNX[name], name.startswith("cross")
+    keys = S if cross else L
     heads = 1 if "grouped" in name else 2
     sizes = {0: B, 2: L}, {0: B, 2: keys}, {0: B, 2: keys}, {0: B, 1: keys}, {0: B, 1: L}
     layer = Layer(**options)
     path = tmp_path / "layer.onnx"
-    example = tuple(inputs(3, 40, 30 if name == "cross" else 40, heads))
-    export.onnx(layer, example, path, dynamic_shapes=sizes, optimize=False, verbose=False)
+    example = tuple(inputs(3, 40, 30 if cross else 40, heads))
+    export.onnx(layer, example, path, dynamic_shapes=sizes, verbose=False)
     for batch, queries, few in [(2, 40, 30), (3, 150, 77), (1, 5, 60), (4, 60, 6), (2, 8, 9), (1, 300, 300)]:
-        x = inputs(batch, queries, few if name == "cross" else queries, heads)
+        x = inputs(batch, queries, few if cross else queries, heads)
         assert relative_rms(run(path, *x), layer(*x)) <= 1e-5, (batch, queries, few)
 
 
@@ -145,7 +160,7 @@ def test_a_program_without_this_package_runs_the_file(tmp_path: Path) -> None:
 
     model, path = Model().eval(), tmp_path / "model.onnx"
     example = torch.randn(3, 40, 8), torch.rand(3, 40) < 0.3
-    export.onnx(model, example, path, dynamic_shapes=({0: B, 1: L},) * 2, optimize=False, verbose=False)
+    export.onnx(model, example, path, dynamic_shapes=({0: B, 1: L},) * 2, verbose=False)
     x = torch.randn(2, 70, 8), torch.rand(2, 70) < 0.3
     arrays = [tmp_path / f"{i}.npy" for i in range(2)]
     for array, t in zip(arrays, x, strict=True):
