@@ -229,13 +229,6 @@ def peaked(n: int, d: int, m: int) -> list[Tensor]:
     return [centres + 0.3 * _noise(n, d), centres + 0.3 * _noise(n, d), _noise(n, d)]
 
 
-def same(n: int, d: int, m: int) -> list[Tensor]:
-    """Keys that are one key but for a thousandth: A has one singular value that is not tiny. No regime of its own,
-    because dQ and dK are differences of nearly equal numbers: for the output."""
-    token = _noise(1, d)
-    return [token + scale * _noise(n, d) for scale in (0.1, 1e-3, 0.3)]
-
-
 def normal(n: int, d: int, m: int) -> list[Tensor]:
     return [_noise(n, d) for _ in range(3)]
 

@@ -122,9 +122,8 @@ def test_the_global_coefficient_does_couple_the_batch() -> None:
         Problem(B=1, H=2, L=3000, m=16, d=16, options={"window": 16, "pinned": 2}),
         Problem(B=5, H=4, L=2500, m=16, kv_heads=2, taps=3, mask="tail", packed=True, options={"window": 9}),
         Problem(B=2, H=4, L=300, m=16, kv_heads=2, mask="holes", options={"window": 9, "dropout_p": 0.2}),
-        Problem(B=1, H=3, L=420, m=200, d=16, options={"coefficient": "global", "window": 3, "pinned": 1}),
     ],
-    ids=["one head", "masked", "grouped, global", "exact, dropout", "window", "packed", "window, grouped", "team"],
+    ids=["one head", "masked", "grouped, global", "exact, dropout", "window", "packed", "window, grouped"],
 )
 def test_number_of_threads(p: Problem, dtype: torch.dtype) -> None:
     x = p.tensors(dtype)

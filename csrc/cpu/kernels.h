@@ -9,20 +9,14 @@
 namespace nystrom_ext::cpu {
 
 // Keys or queries per chunk: a function of m alone, so that results depend on nothing else. A chunk's m-sized partial
-// sums stay below an eighth of the chunk's own rows, and 4,096 tokens of one head are work for two threads at m = 256.
-constexpr int64_t chunk_length(int64_t m) { return round_up(8 * m, 1024); }
+// sums stay below a sixteenth of the chunk's own rows.
+constexpr int64_t chunk_length(int64_t m) { return m <= 64 ? 1024 : round_up(16 * m, 1024); }
 inline Slots chunks(const Tokens& t, const Problem& p) { return {t, p.batch, chunk_length(p.landmarks)}; }
 
 // Partial sums of one stage, reduced in chunk order. Large ones are those of a head's later chunks: the first chunk's
 // are the result itself, to which the others are added.
 struct Partials {
   void *a = nullptr, *b = nullptr, *c = nullptr;
-};
-
-// Threads that share the steps of one task: calls step(context, begin, end) on ranges that cover 0 .. steps - 1, and
-// returns when all are done. Null: the thread is alone. No bit depends on it.
-struct Team {
-  void (*run)(int64_t steps, void (*step)(const void*, int64_t, int64_t), const void* context) = nullptr;
 };
 
 // Throws; in memory.cpp.
@@ -34,14 +28,14 @@ struct Kernels {
   void (*key_pass)(const Forward&, const Partials&, int64_t, int64_t);        // (key chunk, head); U, maxima, sums
   void (*key_pass_merge)(const Forward&, const Partials&, int64_t, int64_t);  // problem
   void (*coefficient)(const Forward&, double* c, int64_t, int64_t);           // problem; for the option "global" only
-  void (*core)(const Forward&, const double* c, const Team&, int64_t, int64_t);  // problem; c null: each head's own
-  void (*query_pass)(const Forward&, int64_t, int64_t);                          // (query chunk, head)
+  void (*core)(const Forward&, const double* c, int64_t, int64_t);            // problem; c null: each head's own
+  void (*query_pass)(const Forward&, int64_t, int64_t);                       // (query chunk, head)
 
   // backward; what no gradient of `wanted` needs is neither read nor written
   void (*query_pass_backward)(const Backward&, const Partials&, int64_t,
                               int64_t);  // (query chunk, head); dW, dKt, dmissed
-  void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);               // problem
-  void (*core_backward)(const Backward&, const double* c, double* dc, const Team&, int64_t, int64_t);  // problem
+  void (*query_pass_backward_merge)(const Backward&, const Partials&, int64_t, int64_t);  // problem
+  void (*core_backward)(const Backward&, const double* c, double* dc, int64_t, int64_t);  // problem
   void (*coefficient_backward)(const Backward&, int64_t problem, double dc);  // the one problem that attains a global c
   void (*key_pass_backward)(const Backward&, const Partials&, int64_t,
                             int64_t);  // (key chunk, key head); dQt, dconv

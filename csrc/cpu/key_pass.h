@@ -13,9 +13,9 @@ struct KeyPassScratch {
   A *qt, *scores, *key, *value, *rescale;
   KeyPassScratch() = default;
   KeyPassScratch(Arena& arena, const Problem& p) {
-    const int64_t m = padded(p.queries.landmarks), ld = spread(m);
-    qt = arena.take<A>(p.head_dim * ld);
-    scores = arena.take<A>(kBlock * ld);
+    const int64_t m = padded(p.queries.landmarks);
+    qt = arena.take<A>(p.head_dim * m);
+    scores = arena.take<A>(kBlock * m);
     key = arena.take<A>(kBlock * p.head_width());
     value = arena.take<A>(kBlock * p.value_width());
     rescale = arena.take<A>(m);
@@ -25,9 +25,9 @@ struct KeyPassScratch {
 // One block of the online softmax: scores -> exp(scores - running maximum); rescale = exp(old - new maximum). Keys so
 // far that all score -infinity have weight zero: their maximum is nothing to subtract.
 template <class A>
-void online_softmax(A* scores, int64_t keys, int64_t width, int64_t ld, A* maxima, A* sums, A* rescale) {
+void online_softmax(A* scores, int64_t keys, int64_t ld, A* maxima, A* sums, A* rescale) {
   constexpr int W = Simd<A>::width;
-  for (int64_t j = 0; j < width; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
     const Vec<A> old = load(maxima + j);
     Vec<A> top = old;
     for (int64_t i = 0; i < keys; ++i) top = maximum(top, load(scores + i * ld + j));
@@ -73,26 +73,26 @@ void key_pass(const Forward& f, const Partials& partials, int64_t begin, int64_t
     const int64_t from = of.chunk * chunk, to = s.keys < from + chunk ? s.keys : from + chunk;
     if (from >= to || s.regime == Regime::exact_keys) continue;
     const Dropout dropout(f, s.n);
-    const int64_t rows = f.queries.landmarks, m = padded(s.query_rows), ld = spread(m);
+    const int64_t rows = f.queries.landmarks, m = padded(s.query_rows);
     A* u = partial<A>(f.u, partials.a, s, f.heads, of.chunk, slots, rows * width);
     A* maxima = slice<A>(partials.b, task, padded(rows));
     A* sums = slice<A>(partials.c, task, padded(rows));
     fill(u, s.query_rows * width, A(0));
     fill(maxima, m, A(-__builtin_inf()));
     fill(sums, m, A(0));
-    transpose(slice<A>(f.qt, s.n, rows, f.head_width()), s.query_rows, f.head_dim, f.head_width(), scratch->qt, ld,
-              A(f.scale), m);
+    transpose(slice<A>(f.qt, s.n, rows, f.head_width()), s.query_rows, f.head_dim, f.head_width(), scratch->qt, m,
+              A(f.scale));
     const Rows<T> key = key_rows<T>(f.key, s, f.head_dim), value = key_rows<T>(f.value, s, f.value_dim);
     const int64_t first = from < s.pinned ? s.pinned : from;
     for (int64_t i = first; i < to; i += kBlock) {
       const int64_t n = to - i < kBlock ? to - i : kBlock;
       const Tile<A> k = key.read(i, n, scratch->key);
-      gemm<false>(n, m, f.head_dim, k.data, k.ld, scratch->qt, ld, scratch->scores, ld);
-      online_softmax(scratch->scores, n, m, ld, maxima, sums, scratch->rescale);
+      gemm<false>(n, m, f.head_dim, k.data, k.ld, scratch->qt, m, scratch->scores, m);
+      online_softmax(scratch->scores, n, m, maxima, sums, scratch->rescale);
       if (i > first) scale_rows(u, scratch->rescale, s.query_rows, width);
-      if (dropout.on() && s.regime == Regime::exact_queries) drop_columns(dropout, s, i, n, scratch->scores, ld);
+      if (dropout.on() && s.regime == Regime::exact_queries) drop_columns(dropout, s, i, n, scratch->scores, m);
       const Tile<A> v = value.read(i, n, scratch->value);
-      gemm<true>(s.query_rows, width, n, scratch->scores, ld, v.data, v.ld, u, width, A(1), true);
+      gemm<true>(s.query_rows, width, n, scratch->scores, m, v.data, v.ld, u, width, A(1), true);
     }
   }
 }
@@ -133,12 +133,12 @@ struct KeyPassBackwardScratch {
   WindowScratch<A> near;
   KeyPassBackwardScratch() = default;
   KeyPassBackwardScratch(Arena& arena, const Problem& p) {
-    const int64_t m = padded(p.queries.landmarks), ld = spread(m), d = p.head_width(), e = p.value_width();
-    qt = arena.take<A>(p.head_dim * ld);
-    dut = arena.take<A>(p.value_dim * ld);
+    const int64_t m = padded(p.queries.landmarks), d = p.head_width(), e = p.value_width();
+    qt = arena.take<A>(p.head_dim * m);
+    dut = arena.take<A>(p.value_dim * m);
     dqt = arena.take<A>(p.group() * p.queries.landmarks * d);
-    scores = arena.take<A>(kBlock * ld);
-    dscores = arena.take<A>(kBlock * ld);
+    scores = arena.take<A>(kBlock * m);
+    dscores = arena.take<A>(kBlock * m);
     key = arena.take<A>(kBlock * d);
     value = arena.take<A>(kBlock * e);
     dkey = arena.take<A>(kBlock * d);
@@ -155,19 +155,19 @@ struct KeyPassBackwardScratch {
 
 // P3 = exp(S3 - LSE3) of one block, key by key, where nobody asks for dS3.
 template <class A>
-void exponentiate(A* p, const A* lse, int64_t n, int64_t m, int64_t ld) {
+void exponentiate(A* p, const A* lse, int64_t n, int64_t m) {
   for (int64_t j = 0; j < m; j += Simd<A>::width) {
     const Vec<A> base = load(lse + j);
-    for (int64_t i = j; i < n * ld; i += ld) store(p + i, exp<A>(load(p + i) - base));
+    for (int64_t i = j; i < n * m; i += m) store(p + i, exp<A>(load(p + i) - base));
   }
 }
 
 // P3 and s dS3 of one block: dS3 = P3 * (D * (V dU^T) - delta3), D: dropout.
 template <class A>
-void differentiate(A* p, A* dp, A scale, const A* lse, const A* delta, int64_t n, int64_t m, int64_t ld) {
+void differentiate(A* p, A* dp, A scale, const A* lse, const A* delta, int64_t n, int64_t m) {
   for (int64_t j = 0; j < m; j += Simd<A>::width) {
     const Vec<A> base = load(lse + j), mean = load(delta + j);
-    for (int64_t i = j; i < n * ld; i += ld) {
+    for (int64_t i = j; i < n * m; i += m) {
       const Vec<A> e = exp<A>(load(p + i) - base);
       store(p + i, e);
       store(dp + i, scale * e * (load(dp + i) - mean));
@@ -179,18 +179,18 @@ void differentiate(A* p, A* dp, A scale, const A* lse, const A* delta, int64_t n
 template <class A>
 void key_pass_probabilities(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
                             Tile<A> k, Tile<A> v, const KeyPassBackwardScratch<A>& scratch) {
-  const int64_t m = padded(s.query_rows), ld = spread(m);
+  const int64_t m = padded(s.query_rows);
   A *p = scratch.scores, *dp = scratch.dscores;
   const bool drop = dropout.on() && s.regime == Regime::exact_queries;
-  gemm<false>(n, m, g.head_dim, k.data, k.ld, scratch.qt, ld, p, ld);
+  gemm<false>(n, m, g.head_dim, k.data, k.ld, scratch.qt, m, p, m);
   if (g.wanted.scores()) {
-    gemm<false>(n, m, g.value_dim, v.data, v.ld, scratch.dut, ld, dp, ld);
-    if (drop) drop_columns(dropout, s, first, n, dp, ld);
-    differentiate(p, dp, A(g.scale), scratch.lse, scratch.delta, n, m, ld);
+    gemm<false>(n, m, g.value_dim, v.data, v.ld, scratch.dut, m, dp, m);
+    if (drop) drop_columns(dropout, s, first, n, dp, m);
+    differentiate(p, dp, A(g.scale), scratch.lse, scratch.delta, n, m);
   } else {
-    exponentiate(p, scratch.lse, n, m, ld);
+    exponentiate(p, scratch.lse, n, m);
   }
-  if (drop && g.wanted.value) drop_columns(dropout, s, first, n, p, ld);
+  if (drop && g.wanted.value) drop_columns(dropout, s, first, n, p, m);
 }
 
 // Each key gets its share of its landmark's gradient, dKt_j / |segment j|. In the exact regime segments hold one key,

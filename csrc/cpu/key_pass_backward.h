@@ -13,7 +13,7 @@ template <class A>
 void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t n, Tile<A> k, Tile<A> v,
                         const KeyPassBackwardScratch<A>& scratch, A* dqt) {
   const Wanted& wanted = g.wanted;
-  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), ld = spread(s.query_rows);
+  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
   if (s.regime == Regime::nystrom || s.regime == Regime::exact_queries) {
     const int64_t skip = first < s.pinned ? (s.pinned - first < n ? s.pinned - first : n) : 0, left = n - skip;
     k.data += skip * k.ld;
@@ -21,9 +21,9 @@ void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t
     key_pass_probabilities(g, s, Dropout(g, s.n), first + skip, left, k, v, scratch);
     const A *p = scratch.scores, *ds = scratch.dscores;
     const A *du = slice<A>(g.du, s.n, rows, e), *qt = slice<A>(g.qt, s.n, rows, d);
-    if (wanted.value) gemm<false>(left, e, s.query_rows, p, ld, du, e, scratch.dvalue + skip * e, e, A(1), true);
-    if (wanted.key) gemm<false>(left, d, s.query_rows, ds, ld, qt, d, scratch.dkey + skip * d, d, A(1), true);
-    if (wanted.query) gemm<true>(s.query_rows, d, left, ds, ld, k.data, k.ld, dqt, d, A(1), true);
+    if (wanted.value) gemm<false>(left, e, s.query_rows, p, m, du, e, scratch.dvalue + skip * e, e, A(1), true);
+    if (wanted.key) gemm<false>(left, d, s.query_rows, ds, m, qt, d, scratch.dkey + skip * d, d, A(1), true);
+    if (wanted.query) gemm<true>(s.query_rows, d, left, ds, m, k.data, k.ld, dqt, d, A(1), true);
   }
   if (wanted.tokens() && (s.regime == Regime::nystrom || s.regime == Regime::exact_keys)) {
     add_landmark_gradients(g, s, first, n, scratch);
@@ -34,17 +34,16 @@ void key_block_backward(const Backward& g, const Head& s, int64_t first, int64_t
 template <class T>
 void pack_query_head(const Backward& g, const Head& s, const KeyPassBackwardScratch<Acc<T>>& scratch) {
   using A = Acc<T>;
-  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows),
-                ld = spread(m);
+  const int64_t rows = g.queries.landmarks, d = g.head_width(), e = g.value_width(), m = padded(s.query_rows);
   if (g.taps) read_taps<T>(g, s.h, true, scratch.taps);
   if (!g.wanted.attention() || s.regime == Regime::exact_keys) return;
   if (s.window > 0) scratch.near.prepare_pattern(s);
-  transpose(slice<A>(g.qt, s.n, rows, d), s.query_rows, g.head_dim, d, scratch.qt, ld, A(g.scale), m);
+  transpose(slice<A>(g.qt, s.n, rows, d), s.query_rows, g.head_dim, d, scratch.qt, m, A(g.scale));
   for (int64_t j = 0; j < m; ++j) {  // columns beyond the landmarks: P3 = exp(0 - infinity) = 0
     scratch.lse[j] = j < s.query_rows ? slice<A>(g.lse, s.n, rows)[j] : A(__builtin_inf());
   }
   if (!g.wanted.scores()) return;
-  transpose(slice<A>(g.du, s.n, rows, e), s.query_rows, g.value_dim, e, scratch.dut, ld, A(1), m);
+  transpose(slice<A>(g.du, s.n, rows, e), s.query_rows, g.value_dim, e, scratch.dut, m);
   for (int64_t j = 0; j < m; ++j) {
     scratch.delta[j] = j < s.query_rows ? slice<A>(g.delta, s.n, rows)[j] : A(0);
   }

@@ -16,9 +16,9 @@ struct QueryPassScratch {
   WindowScratch<A> near;
   QueryPassScratch() = default;
   QueryPassScratch(Arena& arena, const Problem& p) {
-    const int64_t ld = spread(p.columns());
-    kt = arena.take<A>(p.head_dim * ld);
-    scores = arena.take<A>(kBlock * (ld + band_width(p.window)));
+    const int64_t m = padded(p.columns());
+    kt = arena.take<A>(p.head_dim * m);
+    scores = arena.take<A>(kBlock * (m + band_width(p.window)));
     query = arena.take<A>(kBlock * p.head_width());
     out = arena.take<A>(kBlock * p.value_width());
     taps = arena.take<A>(p.taps);
@@ -27,12 +27,12 @@ struct QueryPassScratch {
   }
 };
 
-// P1 of one block: softmax(s Q Kt^T), (queries, landmarks) in rows of spread(landmarks).
+// P1 of one block: softmax(s Q Kt^T), (queries, landmarks).
 template <class A>
 void query_pass_probabilities(const Problem& p, const Head& s, int64_t n, Tile<A> q, const A* kt, A* scores) {
-  const int64_t m = padded(s.key_rows), ld = spread(m);
-  gemm<false>(n, m, p.head_dim, q.data, q.ld, kt, ld, scores, ld);
-  softmax_rows(scores, n, s.key_rows, m, ld);
+  const int64_t m = padded(s.key_rows);
+  gemm<false>(n, m, p.head_dim, q.data, q.ld, kt, m, scores, m);
+  softmax_rows(scores, n, s.key_rows, m);
 }
 
 // The same with the columns of the window and the pinned tokens in the softmax.
@@ -44,7 +44,7 @@ void window_block(const Forward& f, const Head& s, const Dropout& dropout, int64
   const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
   const Around<A> near = read_keys_around<T>(f, s, first, n, scratch.near);
   window_scores(f, s, first, n, q, near, scratch.kt, scratch.near, scratch.scores);
-  softmax_rows(scratch.scores, n, ld, ld, ld);
+  softmax_rows(scratch.scores, n, ld, ld);
   if (dropout.on()) drop_window_rows(dropout, s, first, n, scratch.scores);
   gemm<false>(n, e, s.columns(), scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), e), e, out.data, out.ld);
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
@@ -58,7 +58,7 @@ template <class T>
 void query_block(const Forward& f, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
                  const QueryPassScratch<Acc<T>>& scratch, Place<Acc<T>> out) {
   using A = Acc<T>;
-  const int64_t width = f.value_width(), ld = spread(s.key_rows);
+  const int64_t width = f.value_width(), m = padded(s.key_rows);
   if (s.regime == Regime::empty) {
     for (int64_t i = 0; i < n; ++i) fill(out.data + i * out.ld, width, A(0));
   } else if (s.regime == Regime::exact_queries) {
@@ -69,8 +69,8 @@ void query_block(const Forward& f, const Head& s, const Dropout& dropout, int64_
   } else {
     const Tile<A> q = query_rows<T>(f.query, s, f.head_dim).read(first, n, scratch.query);
     query_pass_probabilities(f, s, n, q, scratch.kt, scratch.scores);
-    if (dropout.on()) drop_rows(dropout, s, first, n, scratch.scores, ld);
-    gemm<false>(n, width, s.key_rows, scratch.scores, ld, slice<A>(f.w, s.n, f.columns(), width), width, out.data,
+    if (dropout.on()) drop_rows(dropout, s, first, n, scratch.scores, m);
+    gemm<false>(n, width, s.key_rows, scratch.scores, m, slice<A>(f.w, s.n, f.columns(), width), width, out.data,
                 out.ld);
   }
 }
@@ -89,7 +89,7 @@ void query_pass(const Forward& f, int64_t begin, int64_t end) {
     if (from >= to) continue;
     const Dropout dropout(f, s.n);
     transpose(slice<A>(f.kt, s.n, f.columns(), f.head_width()), s.columns(), f.head_dim, f.head_width(), scratch->kt,
-              spread(s.columns()), A(f.scale));
+              padded(s.columns()), A(f.scale));
     if (s.extended) scratch->near.prepare(s);
     const Rows<T> out = query_rows<T>(f.out, s, f.value_dim);
     const Convolution<T> conv{key_rows<T>(f.value, s, f.value_dim).by_position(),
@@ -121,11 +121,11 @@ struct QueryPassBackwardScratch {
   WindowScratch<A> near;
   QueryPassBackwardScratch() = default;
   QueryPassBackwardScratch(Arena& arena, const Problem& p) {
-    const int64_t ld = spread(p.columns()), all = ld + band_width(p.window);
-    kt = arena.take<A>(p.head_dim * ld);
-    wt = arena.take<A>(p.value_dim * ld);
-    scores = arena.take<A>(kBlock * all);
-    dscores = arena.take<A>(kBlock * all);
+    const int64_t m = padded(p.columns()), ld = m + band_width(p.window);
+    kt = arena.take<A>(p.head_dim * m);
+    wt = arena.take<A>(p.value_dim * m);
+    scores = arena.take<A>(kBlock * ld);
+    dscores = arena.take<A>(kBlock * ld);
     query = arena.take<A>(kBlock * p.head_width());
     dout = arena.take<A>(kBlock * p.value_width());
     dquery = arena.take<A>(kBlock * p.head_width());
@@ -146,23 +146,23 @@ template <class T>
 void query_block_backward(const Backward& g, const Head& s, const Dropout& dropout, int64_t first, int64_t n,
                           const QueryPassBackwardScratch<Acc<T>>& scratch, const QueryGradients<Acc<T>>& to) {
   using A = Acc<T>;
-  const int64_t m = padded(s.key_rows), ld = spread(m), d = g.head_width(), e = g.value_width();
+  const int64_t m = padded(s.key_rows), d = g.head_width(), e = g.value_width();
   const Tile<A> q = query_rows<T>(g.query, s, g.head_dim).read(first, n, scratch.query);
   const Tile<A> dout = query_rows<T>(g.out, s, g.value_dim).read(first, n, scratch.dout);
   A *p = scratch.scores, *ds = scratch.dscores;
   query_pass_probabilities(g, s, n, q, scratch.kt, p);
   if (g.wanted.scores()) {
-    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, ld, ds, ld);
-    if (dropout.on()) drop_rows(dropout, s, first, n, ds, ld);
-    softmax_rows_backward(p, ds, n, m, ld, A(g.scale));
+    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, m);
+    if (dropout.on()) drop_rows(dropout, s, first, n, ds, m);
+    softmax_rows_backward(p, ds, n, m, A(g.scale));
   }
   if (to.dw) {
-    if (dropout.on()) drop_rows(dropout, s, first, n, p, ld);
-    gemm<true>(s.key_rows, e, n, p, ld, dout.data, dout.ld, to.dw, e, A(1), true);
+    if (dropout.on()) drop_rows(dropout, s, first, n, p, m);
+    gemm<true>(s.key_rows, e, n, p, m, dout.data, dout.ld, to.dw, e, A(1), true);
   }
-  if (to.dkt) gemm<true>(s.key_rows, d, n, ds, ld, q.data, q.ld, to.dkt, d, A(1), true);
+  if (to.dkt) gemm<true>(s.key_rows, d, n, ds, m, q.data, q.ld, to.dkt, d, A(1), true);
   if (to.dquery.data) {
-    gemm<false>(n, d, s.key_rows, ds, ld, slice<A>(g.kt, s.n, g.columns(), d), d, to.dquery.data, to.dquery.ld);
+    gemm<false>(n, d, s.key_rows, ds, m, slice<A>(g.kt, s.n, g.columns(), d), d, to.dquery.data, to.dquery.ld);
   }
 }
 
@@ -179,12 +179,12 @@ void window_block_backward(const Backward& g, const Head& s, const Dropout& drop
   A *p = scratch.scores, *ds = scratch.dscores;
   window_scores(g, s, first, n, q, near, scratch.kt, scratch.near, p);
   A *lse = scratch.near.lse, *delta = scratch.near.delta;
-  softmax_rows<true>(p, n, ld, ld, ld, lse);
+  softmax_rows<true>(p, n, ld, ld, lse);
   if (g.wanted.scores()) {
-    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, spread(m), ds, ld);
+    gemm<false>(n, m, g.value_dim, dout.data, dout.ld, scratch.wt, m, ds, ld);
     window_products(s, n, g.value_dim, dout, near.value, A(1), scratch.near, ds + m, ld, false);
     if (dropout.on()) drop_window_rows(dropout, s, first, n, ds);
-    softmax_rows_backward<true>(p, ds, n, ld, ld, A(1), delta);
+    softmax_rows_backward<true>(p, ds, n, ld, A(1), delta);
     sum_landmark_columns(s, first, n, ds, ld, to.dmissed);
   }
   if (dropout.on()) drop_window_rows(dropout, s, first, n, p);
@@ -227,9 +227,9 @@ void query_pass_backward(const Backward& g, const Partials& partials, int64_t be
                            needs_dw(g, s) ? place(g.dw, partials.a, rows * e) : nullptr,
                            g.wanted.key ? place(g.dkt, partials.b, rows * d) : nullptr,
                            place(g.dmissed, partials.c, segments)};
-    const int64_t ld = spread(s.columns());
-    transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, ld, A(g.scale));
-    if (g.wanted.scores()) transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, ld);
+    const int64_t m = padded(s.columns());
+    transpose(slice<A>(g.kt, s.n, rows, d), s.columns(), g.head_dim, d, scratch->kt, m, A(g.scale));
+    if (g.wanted.scores()) transpose(slice<A>(g.w, s.n, rows, e), s.columns(), g.value_dim, e, scratch->wt, m);
     if (s.extended) scratch->near.prepare(s);
     const Rows<T> dquery = query_rows<T>(g.dquery, s, g.head_dim);
     for (int64_t i = from; i < to; i += kBlock) {

@@ -7,13 +7,6 @@
 namespace {
 
 template <class A>
-void swap(A*& a, A*& b) {
-  A* const other = a;
-  a = b;
-  b = other;
-}
-
-template <class A>
 void fill(A* to, int64_t n, A x) {
   for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
@@ -43,16 +36,14 @@ void sum_rows(const A* x, int64_t rows, int64_t ld, A* to, int64_t width) {
   for (; j < width; j += W) sum_rows_of<1>(x + j, rows, ld, to + j);
 }
 
-// to (columns, ld_to) = alpha from^T, with zeros from `rows` to `width` (0: to ld_to): squares of one vector a side,
-// and the columns left over.
+// to (columns, ld_to) = alpha from^T, with zeros beyond `rows`: squares of one vector a side, and the columns left
+// over.
 template <class A>
-void transpose(const A* from, int64_t rows, int64_t columns, int64_t ld_from, A* to, int64_t ld_to, A alpha = A(1),
-               int64_t width = 0) {
+void transpose(const A* from, int64_t rows, int64_t columns, int64_t ld_from, A* to, int64_t ld_to, A alpha = A(1)) {
   constexpr int W = Simd<A>::width;
-  if (width == 0) width = ld_to;
   int64_t x = 0;
   for (; x + W <= columns; x += W) {
-    for (int64_t j = 0; j < width; j += W) {
+    for (int64_t j = 0; j < ld_to; j += W) {
       Vec<A> square[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
@@ -67,13 +58,9 @@ void transpose(const A* from, int64_t rows, int64_t columns, int64_t ld_from, A*
   for (; x < columns; ++x) {
     A* row = to + x * ld_to;
     for (int64_t j = 0; j < rows; ++j) row[j] = alpha * from[j * ld_from + x];
-    for (int64_t j = rows; j < width; ++j) row[j] = A(0);
+    for (int64_t j = rows; j < ld_to; ++j) row[j] = A(0);
   }
 }
-
-// Row length of a tile with n columns that is read down its columns or block by block: where that is several lines of
-// the cache, an odd number of them, or rows would alias in L1.
-constexpr int64_t spread(int64_t n) { return n > 64 ? (padded(n) / kRowAlign | 1) * kRowAlign : padded(n); }
 
 // The logarithm of a number of tokens.
 template <class A>
@@ -89,21 +76,21 @@ inline A log(A x) {
 
 // R rows at a time: their reductions, each a chain of dependent shuffles, overlap. lse: the rows' logsumexp, if `Keep`.
 template <int R, bool Keep, class A>
-void softmax_rows_of(A* s, int64_t columns, int64_t width, int64_t ld, A* lse) {
+void softmax_rows_of(A* s, int64_t columns, int64_t ld, A* lse) {
   constexpr int W = Simd<A>::width;
   Vec<A> top[R], total[R] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    for (int64_t j = columns; j < width; ++j) s[r * ld + j] = A(-__builtin_inf());
+    for (int64_t j = columns; j < ld; ++j) s[r * ld + j] = A(-__builtin_inf());
     top[r] = load(s + r * ld);
   }
-  for (int64_t j = W; j < width; j += W) {
+  for (int64_t j = W; j < ld; j += W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) top[r] = maximum(top[r], load(s + r * ld + j));
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) top[r] = broadcast(max<A>(top[r]));
-  for (int64_t j = 0; j < width; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<A> e = exp<A>(load(s + r * ld + j) - top[r]);
@@ -117,18 +104,18 @@ void softmax_rows_of(A* s, int64_t columns, int64_t width, int64_t ld, A* lse) {
     if constexpr (Keep) lse[r] = top[r][0] + log(all);
     total[r] = broadcast(A(1) / all);
   }
-  for (int64_t j = 0; j < width; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) store(s + r * ld + j, load(s + r * ld + j) * total[r]);
   }
 }
 
-// Softmax over the first `columns` of each row; zeros up to `width`.
+// Softmax over the first `columns` of each row; zeros up to ld.
 template <bool Keep = false, class A>
-void softmax_rows(A* s, int64_t rows, int64_t columns, int64_t width, int64_t ld, A* lse = nullptr) {
+void softmax_rows(A* s, int64_t rows, int64_t columns, int64_t ld, A* lse = nullptr) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) softmax_rows_of<4, Keep>(s + i * ld, columns, width, ld, Keep ? lse + i : nullptr);
-  for (; i < rows; ++i) softmax_rows_of<1, Keep>(s + i * ld, columns, width, ld, Keep ? lse + i : nullptr);
+  for (; i + 4 <= rows; i += 4) softmax_rows_of<4, Keep>(s + i * ld, columns, ld, Keep ? lse + i : nullptr);
+  for (; i < rows; ++i) softmax_rows_of<1, Keep>(s + i * ld, columns, ld, Keep ? lse + i : nullptr);
 }
 
 // Row sums of a * b over ld elements.
@@ -141,10 +128,10 @@ inline A dot(const A* a, const A* b, int64_t ld) {
 
 // Backward of a row softmax, R rows: dp becomes scale p (dp - rowsum(p dp)). sums: those row sums, if `Keep`.
 template <int R, bool Keep, class A>
-void softmax_rows_backward_of(const A* p, A* dp, int64_t width, int64_t ld, A scale, A* sums) {
+void softmax_rows_backward_of(const A* p, A* dp, int64_t ld, A scale, A* sums) {
   constexpr int W = Simd<A>::width;
   Vec<A> delta[R] = {};
-  for (int64_t j = 0; j < width; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) delta[r] += load(p + r * ld + j) * load(dp + r * ld + j);
   }
@@ -153,7 +140,7 @@ void softmax_rows_backward_of(const A* p, A* dp, int64_t width, int64_t ld, A sc
     delta[r] = broadcast(sum<A>(delta[r]));
     if constexpr (Keep) sums[r] = delta[r][0];
   }
-  for (int64_t j = 0; j < width; j += W) {
+  for (int64_t j = 0; j < ld; j += W) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       store(dp + r * ld + j, scale * load(p + r * ld + j) * (load(dp + r * ld + j) - delta[r]));
@@ -162,12 +149,12 @@ void softmax_rows_backward_of(const A* p, A* dp, int64_t width, int64_t ld, A sc
 }
 
 template <bool Keep = false, class A>
-void softmax_rows_backward(const A* p, A* dp, int64_t rows, int64_t width, int64_t ld, A scale, A* sums = nullptr) {
+void softmax_rows_backward(const A* p, A* dp, int64_t rows, int64_t ld, A scale, A* sums = nullptr) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
-    softmax_rows_backward_of<4, Keep>(p + i * ld, dp + i * ld, width, ld, scale, Keep ? sums + i : nullptr);
+    softmax_rows_backward_of<4, Keep>(p + i * ld, dp + i * ld, ld, scale, Keep ? sums + i : nullptr);
   for (; i < rows; ++i)
-    softmax_rows_backward_of<1, Keep>(p + i * ld, dp + i * ld, width, ld, scale, Keep ? sums + i : nullptr);
+    softmax_rows_backward_of<1, Keep>(p + i * ld, dp + i * ld, ld, scale, Keep ? sums + i : nullptr);
 }
 
 }  // namespace

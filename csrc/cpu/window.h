@@ -191,7 +191,7 @@ void window_scores(const Forward& f, const Head& s, int64_t first, int64_t n, Ti
   for_each_band(s.window, n, [&](int64_t row, int64_t rows) {
     mask_band(s, first + row, rows, scratch.pattern, scores + row * ld + m, ld);
   });
-  gemm<false>(n, m, f.head_dim, q.data, q.ld, kt, spread(m), scores, ld, A(1), true);
+  gemm<false>(n, m, f.head_dim, q.data, q.ld, kt, m, scores, ld, A(1), true);
   window_products(s, n, f.head_dim, q, near.key, A(f.scale), scratch, scores + m, ld, true);
 }
 

@@ -108,24 +108,11 @@ struct GlobalCoefficient {
   }
 };
 
-constexpr int64_t kTeamLandmarks = 128;  // from here on a block of a product outweighs waking the threads
-
-// run(team, begin, end) on all problems: each on a thread of its own, and those that do not go round on all threads.
-template <class F>
-void parallel_cores(const Problem& p, const F& run) {
-  const int64_t problems = p.problems(), left = p.landmarks < kTeamLandmarks ? 0 : problems % at::get_num_threads();
-  parallel(problems - left, [&](int64_t a, int64_t b) { run(cpu::Team{}, a, b); });
-  const cpu::Team team{[](int64_t steps, void (*step)(const void*, int64_t, int64_t), const void* context) {
-    parallel(steps, [&](int64_t a, int64_t b) { step(context, a, b); });
-  }};
-  if (left > 0) run(team, problems - left, problems);
-}
-
 void core(const Forward& f) {
   std::optional<GlobalCoefficient> global;
   if (f.global_coefficient) global.emplace(f);
   const double* c = global ? &global->value : nullptr;
-  parallel_cores(f, [&](const cpu::Team& team, int64_t a, int64_t b) { kernels(f.dtype).core(f, c, team, a, b); });
+  parallel(f.problems(), [&](int64_t a, int64_t b) { kernels(f.dtype).core(f, c, a, b); });
 }
 
 void query_pass(const Forward& f) {
@@ -145,14 +132,14 @@ void query_pass_backward(const Backward& g) {
 }
 
 void core_backward(const Backward& g) {
-  const auto reverse = [&](const double* c, double* dc) {
-    parallel_cores(
-        g, [&](const cpu::Team& team, int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, c, dc, team, a, b); });
-  };
-  if (!g.global_coefficient) return reverse(nullptr, nullptr);
+  if (!g.global_coefficient) {
+    parallel(g.problems(), [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, nullptr, nullptr, a, b); });
+    return;
+  }
   const GlobalCoefficient global(g);
   std::vector<double> dc(size_t(g.problems()));
-  reverse(&global.value, dc.data());
+  parallel(g.problems(),
+           [&](int64_t a, int64_t b) { kernels(g.dtype).core_backward(g, &global.value, dc.data(), a, b); });
   double total = 0;
   for (const double x : dc) total += x;
   if (global.value > 0 && g.wanted.scores()) kernels(g.dtype).coefficient_backward(g, global.problem, total);

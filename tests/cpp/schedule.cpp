@@ -48,19 +48,6 @@ void Schedule::parallel(int64_t tasks, const F& run) const {
   for (std::thread& thread : team) thread.join();
 }
 
-// The last problem by a team of two, the others each by one thread.
-template <class F>
-void Schedule::parallel_cores(const Problem& p, const F& run) const {
-  const int64_t alone = p.problems() - (threads_ > 1);
-  parallel(alone, [&](int64_t a, int64_t b) { run(cpu::Team{}, a, b); });
-  const cpu::Team team{[](int64_t steps, void (*step)(const void*, int64_t, int64_t), const void* context) {
-    std::thread other([&] { step(context, 0, steps / 2); });
-    step(context, steps / 2, steps);
-    other.join();
-  }};
-  run(team, alone, p.problems());
-}
-
 // Chunks of a head beyond its first one.
 int64_t Schedule::later(const Slots& slots) const { return call_.forward.heads * (slots.all() - call_.forward.batch); }
 
@@ -91,7 +78,7 @@ void Schedule::core() {
   const Forward& f = call_.forward;
   const double global = f.global_coefficient ? global_coefficient().first : 0;
   const double* c = f.global_coefficient ? &global : nullptr;
-  parallel_cores(f, [&](const cpu::Team& team, int64_t a, int64_t b) { kernels_.core(f, c, team, a, b); });
+  parallel(f.problems(), [&](int64_t a, int64_t b) { kernels_.core(f, c, a, b); });
 }
 
 void Schedule::query_pass() {
@@ -114,15 +101,11 @@ void Schedule::query_pass_backward() {
 void Schedule::core_backward() {
   const Backward& g = call_.backward;
   if (!g.global_coefficient) {
-    return parallel_cores(g, [&](const cpu::Team& team, int64_t a, int64_t b) {
-      kernels_.core_backward(g, nullptr, nullptr, team, a, b);
-    });
+    return parallel(g.problems(), [&](int64_t a, int64_t b) { kernels_.core_backward(g, nullptr, nullptr, a, b); });
   }
   const auto [c, problem] = global_coefficient();
   std::vector<double> dc(size_t(g.problems()));
-  parallel_cores(g, [&, &c = c](const cpu::Team& team, int64_t a, int64_t b) {
-    kernels_.core_backward(g, &c, dc.data(), team, a, b);
-  });
+  parallel(g.problems(), [&, &c = c](int64_t a, int64_t b) { kernels_.core_backward(g, &c, dc.data(), a, b); });
   double total = 0;
   for (const double x : dc) total += x;
   if (c > 0 && g.wanted.scores()) kernels_.coefficient_backward(g, problem, total);

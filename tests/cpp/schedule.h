@@ -41,8 +41,6 @@ class Schedule {
 
   template <class F>
   void parallel(int64_t tasks, const F& run) const;
-  template <class F>
-  void parallel_cores(const Problem& p, const F& run) const;
   int64_t later(const Slots& slots) const;
   // The largest coefficient of the batch and its problem.
   std::pair<double, int64_t> global_coefficient() const;

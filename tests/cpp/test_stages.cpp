@@ -182,7 +182,6 @@ TEST_P(Stages, QueryPassBackward) {
 TEST_P(Stages, CoreBackward) {
   run([](Stage& s) {
     put_what_the_core_needs(s);
-    s.put(s.w, OF(w));
     s.put(s.dw, OF(dw));
     s.put(s.dkt, OF(dkt_of_queries));
     if (s.problem.extended()) s.put(s.dmissed, OF(dmissed));
