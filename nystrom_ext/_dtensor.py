@@ -11,12 +11,10 @@ as ``attention`` and ``attention_varlen``. Packed sequences are replicated or sp
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 
 from ._schema import bind
@@ -59,8 +57,8 @@ def _strategy(schema: OpSchema) -> OpStrategy:
         results = [_placement(name, None if name in empty else split) for name in outputs]
         return [*results, *(_placement(name, split) for name in inputs)]
 
-    def valid(specs: list[DTensorSpec], _: Any) -> bool:
-        of = dict(zip(inputs, specs, strict=True))
+    def valid(way: OpSpec) -> bool:
+        of = dict(zip(inputs, way.input_specs or (), strict=True))
         if any(of[name].placements != now for name, now in fixed.items()):
             return False  # torch does not redistribute keyword arguments
         return heads == groups or groups % _shards(of["key"], HEADS) == 0  # each query head beside its key head
@@ -74,9 +72,8 @@ def _strategy(schema: OpSchema) -> OpStrategy:
     packed = a.get("cu_seqlens_q") is not None  # sequences in one row, which nobody splits
     splits = (None,) if coupled else (None, HEADS) if packed else (None, SAMPLES, HEADS)
     ways = [placements(split) for split in splits]
-    strategy = expand_to_full_mesh_op_strategy(
-        schema.get_mesh_from_args(), schema, ways, input_index=len(outputs), is_valid_strategy_cb=valid
-    )
+    expanded = expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, ways, input_index=len(outputs))
+    strategy = OpStrategy([way for way in expanded.strategies if valid(way)])  # torch 2.14 renames its own filter
     if not strategy.strategies:
         raise NotImplementedError(
             f"nystrom_attention: torch.inference_mode does not redistribute DTensors given by keyword, got {fixed}, "

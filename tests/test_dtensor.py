@@ -115,7 +115,7 @@ def check_inference_mode(mesh: DeviceMesh) -> None:
         ):
             attention(p, y, *(place(mask, mesh, BATCH) for mask in p.masks()))
         with pytest.raises(NotImplementedError, match="dropout of DTensors .* use torch.no_grad"):
-            nystrom_attention(*y[:3], dropout_p=0.1)
+            OPS.attention(*y[:3], dropout_p=0.1)
 
 
 def check_packed_sequences(mesh: DeviceMesh) -> None:
