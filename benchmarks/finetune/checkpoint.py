@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,3 +66,19 @@ def check_same(theirs: dict[str, object], config: dict[str, object], same_data: 
         raise UsageError(f"--resume needs the options of the first run: {changed}; restore them")
     if not same_data:
         raise UsageError("--resume needs the data of the first run, they were others; restore them")
+
+
+def begin(args: argparse.Namespace, header: dict[str, Any], arms: Sequence[Any]) -> Callable[[], None]:
+    """Puts the arms where the checkpoint left them if ``args.resume`` asks for it; -> what writes the next one."""
+    if args.resume:
+        state = load(args.output_dir, header["config"], header["fingerprint"])
+        for arm in arms:
+            arm.restore(state["arms"][arm.name])
+        print(f"resuming after step {len(arms[0].losses)}")
+    elif (args.output_dir / NAME).exists():
+        print(f"starting afresh: replaces the checkpoint in {args.output_dir} (--resume continues from it)")
+
+    def write() -> None:
+        save(args.output_dir, {**header, "arms": {arm.name: arm.state() for arm in arms}})
+
+    return write

@@ -51,16 +51,7 @@ class Job:
             checkpoint.write_atomically(args.output_dir / "tokenizer.json", lambda file: file.write(text.encode()))
         arms = [self.arm(name) for name in args.attention]
         header: dict[str, Any] = {"config": config(args), "fingerprint": self.splits.fingerprint()}
-        if args.resume:
-            state = checkpoint.load(args.output_dir, header["config"], header["fingerprint"])
-            for arm in arms:
-                arm.restore(state["arms"][arm.name])
-            print(f"resuming after step {len(arms[0].losses)}")
-        elif (args.output_dir / checkpoint.NAME).exists():
-            print(f"starting afresh: replaces the checkpoint in {args.output_dir} (--resume continues from it)")
-
-        def save() -> None:
-            checkpoint.save(args.output_dir, {**header, "arms": {arm.name: arm.state() for arm in arms}})
+        save = checkpoint.begin(args, header, arms)
 
         training.train(arms, sets["train"], sets["dev"], args, self.splits.metrics, interrupts, save)
         return {arm.name: self._result(arm) for arm in arms}

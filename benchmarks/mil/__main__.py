@@ -52,16 +52,7 @@ def run(args: argparse.Namespace, interrupts: Interrupts, argv: list[str]) -> No
     arms = [Arm.of(args, name) for name in args.attention]
     checkpoint.prepare(args.output_dir)
     header: dict[str, Any] = {"config": config(args), "fingerprint": bags.fingerprint()}
-    if args.resume:
-        state = checkpoint.load(args.output_dir, header["config"], header["fingerprint"])
-        for arm in arms:
-            arm.restore(state["arms"][arm.name])
-        print(f"resuming after step {len(arms[0].losses)}")
-    elif (args.output_dir / checkpoint.NAME).exists():
-        print(f"starting afresh: replaces the checkpoint in {args.output_dir} (--resume continues from it)")
-
-    def save() -> None:
-        checkpoint.save(args.output_dir, {**header, "arms": {arm.name: arm.state() for arm in arms}})
+    save = checkpoint.begin(args, header, arms)
 
     train(arms, bags, args, interrupts, save)
     test(arms, bags, args, interrupts, save)

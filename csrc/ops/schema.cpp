@@ -49,7 +49,7 @@ TORCH_LIBRARY(nystrom_ext, m) {
       {at::Tag::pt2_compliant_tag});
 
   // `_attention_forward`'s out in differentiable ATen operations, for derivatives that the kernels have not.
-  // Implemented in Python, nystrom_ext/_composite.py.
+  // Implemented in Python, nystrom_ext/_transforms.py.
   m.def(
       "_attention_composite(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? "
       "query_padding_mask, Tensor? conv_weight, Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
